@@ -1,0 +1,1 @@
+"""Compile a language model once, for every length, into kernels that you own."""
