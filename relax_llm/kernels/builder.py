@@ -1,0 +1,165 @@
+"""A thin layer over TVM's IR builder: kernels are Python functions that emit TIR.
+
+Python loops unroll, `T.serial` loops stay loops, and vectors are `LANES` wide unless said otherwise. A function
+built here is fully scheduled; no later pass changes its loops.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx import PrimFunc
+from tvm.tirx.script.builder import ir as T
+
+from relax_llm.kernels.machine import LANES
+
+Expr = Any  # TIR expressions and buffers carry no useful static types in TVM's Python API.
+
+
+def prim_func(name: str, emit: Callable[[], None], **attrs: str) -> PrimFunc:
+    """Build a scheduled PrimFunc whose body `emit` writes.
+
+    Args:
+        name: The kernel's symbol in the compiled library.
+        emit: Declares arguments with `argument` and `size`, then emits the body.
+        attrs: Further function attributes.
+    """
+    with IRBuilder() as ib, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"global_symbol": name, "tirx.is_scheduled": True, "tirx.noalias": True, **attrs})
+        emit()
+    return ib.get()
+
+
+def size(name: str) -> Expr:
+    """A symbolic int64 size that TVM binds from the shapes of the arguments."""
+    var = T.int64()
+    IRBuilder.name(name, var)
+    return var
+
+
+def argument(name: str, shape: Sequence[Expr], dtype: str = "float32") -> Expr:
+    """Declare the next tensor argument."""
+    return T.arg(name, T.buffer(tuple(shape), dtype))
+
+
+def scalar(name: str) -> Expr:
+    """Declare the next argument as an int64 scalar."""
+    return T.arg(name, T.int64())
+
+
+def view(buffer: Expr, shape: Sequence[Expr], dtype: str = "float32") -> Expr:
+    """The same memory under another shape of the same size."""
+    return T.decl_buffer(tuple(shape), dtype, data=buffer.data)
+
+
+def local(shape: Sequence[int], dtype: str = "float32") -> Expr:
+    """Memory of one task: registers where every index is a constant, else its stack."""
+    return T.alloc_buffer(tuple(shape), dtype, scope="local")
+
+
+def let(name: str, value: Expr) -> Expr:
+    """Name a value, so that it is computed once."""
+    var = T.Bind(value)
+    IRBuilder.name(name, var)
+    return var
+
+
+def splat(value: Expr | float, lanes: int = LANES) -> Expr:
+    """A vector of one f32 value."""
+    return T.broadcast(T.float32(value) if isinstance(value, int | float) else value, lanes)
+
+
+def load(buffer: Expr, *indices: Expr, lanes: int = LANES) -> Expr:
+    """`lanes` neighbours along the last axis, beginning at `indices`."""
+    return buffer[(*indices[:-1], T.ramp(indices[-1], 1, lanes))]
+
+
+def store(buffer: Expr, value: Expr, *indices: Expr, lanes: int = LANES) -> None:
+    """Write `lanes` neighbours along the last axis, beginning at `indices`."""
+    T.buffer_store(buffer, value, [*indices[:-1], T.ramp(indices[-1], 1, lanes)])
+
+
+def put(buffer: Expr, value: Expr, *indices: Expr) -> None:
+    """Write one element."""
+    T.buffer_store(buffer, value, list(indices))
+
+
+@contextmanager
+def when(condition: Expr) -> Iterator[None]:
+    """Emit the body under a run-time condition."""
+    with T.If(condition), T.Then():
+        yield
+
+
+def either(condition: Expr, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    """Emit two bodies, of which one runs."""
+    with T.If(condition):
+        with T.Then():
+            then()
+        with T.Else():
+            otherwise()
+
+
+def tasks(count: Expr, emit: Callable[[Expr], None], *, serial_if: Expr | None = None, name: str = "task") -> None:
+    """Run `emit(index)` for every index below `count`, over all cores.
+
+    Args:
+        count: The number of tasks.
+        emit: Emits the body of one.
+        serial_if: A run-time condition under which one core does all: the fork and join of the thread pool cost
+            some microseconds, more than a short loop takes.
+        name: The loop variable's name.
+    """
+
+    def parallel() -> None:
+        with T.parallel(count) as index:
+            IRBuilder.name(name, index)
+            emit(index)
+
+    def serial() -> None:
+        with T.serial(count) as index:
+            IRBuilder.name(name, index)
+            emit(index)
+
+    if serial_if is None:
+        parallel()
+    else:
+        either(serial_if, serial, parallel)
+
+
+def chunks(width: int, lanes: int = LANES) -> list[tuple[int, int]]:
+    """Split `width` elements into vectors: (offset, lanes) pairs, full vectors first, then the tail."""
+    full = [(start, lanes) for start in range(0, width - width % lanes, lanes)]
+    return full + ([(width - width % lanes, width % lanes)] if width % lanes else [])
+
+
+def sweep(width: int, visit: Callable[[Expr, int], None]) -> None:
+    """Visit every vector of a row: `visit(start, lanes)` in a loop over full vectors, then once for the tail."""
+    full = width // LANES
+    if full:
+        with T.serial(full) as i:
+            visit(let("at", i * LANES), LANES)
+    if width % LANES:
+        visit(T.int64(full * LANES), width % LANES)
+
+
+def row_sum(width: int, value: Callable[[Expr, int], Expr]) -> Expr:
+    """The sum over a row of what `value(start, lanes)` gives for each of its vectors, as an f32 scalar."""
+    partial = local((LANES,))
+    store(partial, splat(0.0), 0)
+
+    def add(at: Expr, lanes: int) -> None:
+        store(partial, load(partial, 0, lanes=lanes) + value(at, lanes), 0, lanes=lanes)
+
+    sweep(width, add)
+    return reduce_lanes(partial, (), lambda x, y: x + y)
+
+
+def reduce_lanes(buffer: Expr, row: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """Combine the `LANES` elements at the start of a row of `buffer` in a balanced tree."""
+    values = [buffer[(*row, lane)] for lane in range(LANES)]
+    while len(values) > 1:
+        values = [combine(values[i], values[i + 1]) for i in range(0, len(values), 2)]
+    return let("reduced", values[0])

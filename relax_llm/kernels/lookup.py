@@ -1,0 +1,95 @@
+"""Rows picked by index: token and position embeddings, and the last token's hidden state."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tvm.tirx import PrimFunc
+from tvm.tirx.script.builder import ir as T
+
+from relax_llm.kernels import builder as b
+from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.layout import Tiled
+from relax_llm.kernels.machine import Machine
+from relax_llm.kernels.problem import Problem, tag
+
+_SERIAL_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Embedding(Problem):
+    """Rows of a table, one for each index.
+
+    Attributes:
+        rows: Rows of the table (the vocabulary, or the number of positions).
+        hidden: Columns of the table.
+        layout: How the table lies in memory: None as in the checkpoint, else the layout of the matmul that shares it.
+    """
+
+    operator: ClassVar[str] = "embedding"
+    rows: int
+    hidden: int
+    layout: str | None = None
+
+    @property
+    def flops(self) -> str:
+        return "0"
+
+    @property
+    def bytes(self) -> str:
+        return f"{8 * self.hidden + 4}*batch*seq"
+
+
+def embedding(problem: Embedding, machine: Machine) -> PrimFunc:
+    """ids [batch, seq] int32, table [rows, hidden] or packed -> out [batch, seq, hidden]."""
+    hidden = problem.hidden
+    layout = Tiled.parse(problem.layout) if problem.layout else None
+
+    def emit() -> None:
+        batch, seq = b.size("batch"), b.size("seq")
+        ids_arg = b.argument("ids", (batch, seq), "int32")
+        table = b.argument("table", layout.shape(problem.rows, hidden) if layout else (problem.rows, hidden))
+        out_arg = b.argument("out", (batch, seq, hidden))
+        rows = b.let("M", batch * seq)
+        ids, out = b.view(ids_arg, (rows,), "int32"), b.view(out_arg, (rows, hidden))
+
+        def task(row: Expr) -> None:
+            index = b.let("index", T.cast(ids[row], "int64"))
+            if layout is None:
+                b.sweep(hidden, lambda at, n: b.store(out, b.load(table, index, at, lanes=n), row, at, lanes=n))
+            else:
+                with T.serial(hidden) as k:
+                    b.put(out, table[index // layout.cols, k, index % layout.cols], row, k)
+
+        b.tasks(rows, task, serial_if=rows <= _SERIAL_ROWS, name="row")
+
+    return tag(b.prim_func(problem.name, emit), problem)
+
+
+@dataclass(frozen=True)
+class LastToken(Problem):
+    """The hidden state of each sequence's last token; logits are needed of no other."""
+
+    operator: ClassVar[str] = "last_token"
+    hidden: int
+
+    @property
+    def flops(self) -> str:
+        return "0"
+
+    @property
+    def bytes(self) -> str:
+        return f"{8 * self.hidden}*batch"
+
+
+def last_token(problem: LastToken, machine: Machine) -> PrimFunc:
+    """x [batch, seq, hidden] -> out [batch, 1, hidden]."""
+    hidden = problem.hidden
+
+    def emit() -> None:
+        batch, seq = b.size("batch"), b.size("seq")
+        x = b.argument("x", (batch, seq, hidden))
+        out = b.argument("out", (batch, 1, hidden))
+        with T.serial(batch) as row:
+            b.sweep(hidden, lambda at, n: b.store(out, b.load(x, row, seq - 1, at, lanes=n), row, 0, at, lanes=n))
+
+    return tag(b.prim_func(problem.name, emit), problem)

@@ -1,0 +1,75 @@
+"""The processor a kernel is generated for: a TVM target, reduced to what tile sizes depend on."""
+
+from dataclasses import dataclass, field
+
+from tvm.target import Target
+
+from relax_llm import cpu
+from relax_llm.errors import CompileError
+
+# Extensions worth using on top of a level: /proc/cpuinfo's name and LLVM's.
+_EXTENSIONS = {"avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16", "avx_vnni": "avxvnni"}
+
+LANES = 16
+"""f32 lanes of every vector in the kernels; LLVM splits them where registers are narrower."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A processor as code generation sees it.
+
+    Attributes:
+        name: An x86-64 level ("x86-64-v3") or an LLVM triple's architecture ("aarch64").
+        features: What the generated code may use, in the spelling of /proc/cpuinfo; an artifact records it.
+        vector_bits: Width of a vector register.
+        vector_registers: How many there are.
+        options: LLVM target options.
+    """
+
+    name: str
+    features: frozenset[str]
+    vector_bits: int
+    vector_registers: int
+    options: dict[str, object] = field(hash=False, compare=False)
+
+    @property
+    def target(self) -> Target:
+        """The TVM target that generates code for this machine."""
+        return Target(dict(self.options))
+
+    @property
+    def accumulators(self) -> int:
+        """How many vectors of `LANES` f32 a micro-kernel can keep in registers beside its operands."""
+        held = self.vector_registers * self.vector_bits // (32 * LANES)
+        return max(1, held * 7 // 8)
+
+
+def machine(name: str | None = None) -> Machine:
+    """The machine with this name; without one, the processor that this process runs on.
+
+    Args:
+        name: "x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4" (with what this host adds to it where it is the
+            host's own level), "aarch64", or None.
+
+    Raises:
+        CompileError: The name is not known.
+    """
+    host = cpu.x86_level() if cpu.architecture() == "x86_64" else cpu.architecture()
+    wanted = name or host
+    if wanted in cpu.X86_LEVELS:
+        extras = {} if name else {key: llvm for key, llvm in _EXTENSIONS.items() if key in cpu.features()}
+        if "avx512f" not in cpu.X86_LEVELS[wanted]:
+            extras = {key: llvm for key, llvm in extras.items() if not key.startswith("avx512")}
+        bits, registers = {"x86-64-v4": (512, 32), "x86-64-v3": (256, 16)}.get(wanted, (128, 16))
+        options: dict[str, object] = {
+            "kind": "llvm",
+            "mtriple": "x86_64-linux-gnu",
+            "mcpu": wanted,
+            "mattr": ["-prefer-256-bit", *(f"+{llvm}" for llvm in extras.values())],
+        }
+        return Machine(wanted, cpu.X86_LEVELS[wanted] | frozenset(extras), bits, registers, options)
+    if wanted == "aarch64":
+        options = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]}
+        return Machine(wanted, frozenset({"asimd"}), 128, 32, options)
+    known = ", ".join([*cpu.X86_LEVELS, "aarch64"])
+    raise CompileError(f"The target {wanted!r} is not known. Known targets: {known}.")

@@ -1,0 +1,216 @@
+"""Matrix product with its epilogue: out = residual + act(x @ weight.T + bias), or act(gate) * up.
+
+x is [batch, seq, K]; a launch sees M = batch * seq rows. The weight is [N, K], of which a gated product uses the
+first half as gate and the second as up.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tvm import te, tirx
+from tvm.tirx import PrimFunc
+from tvm.tirx.script.builder import ir as T
+
+from relax_llm.kernels import builder as b
+from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.layout import Tiled
+from relax_llm.kernels.machine import LANES, Machine
+from relax_llm.kernels.problem import Problem, tag
+from relax_llm.kernels.vectormath import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class Matmul(Problem):
+    """A matrix product and what is fused behind it.
+
+    Attributes:
+        n: Rows of the weight matrix; gated products have n / 2 outputs.
+        k: Reduction length.
+        weight_format: How the matrix is stored.
+        bias: Add a vector of n after the reduction.
+        activation: Applied after the bias (to the gate only, when gated); a key of `ACTIVATIONS`.
+        gated: Multiply the activated first half of the outputs by the second half.
+        residual: Add a tensor of the output's shape at the end.
+    """
+
+    operator: ClassVar[str] = "matmul"
+    n: int
+    k: int
+    weight_format: str = "f32"
+    bias: bool = False
+    activation: str | None = None
+    gated: bool = False
+    residual: bool = False
+
+    @property
+    def outputs(self) -> int:
+        """Columns of the result."""
+        return self.n // 2 if self.gated else self.n
+
+    @property
+    def flops(self) -> str:
+        return f"{2 * self.n * self.k}*batch*seq"
+
+    @property
+    def bytes(self) -> str:
+        weights = 4 * self.n * (self.k + self.bias)
+        return f"{weights} + {4 * (self.k + self.outputs * (1 + self.residual))}*batch*seq"
+
+
+def arguments(problem: Matmul) -> list[str]:
+    """Names of the tensors a matmul kernel takes, in order, the output last."""
+    optional = [name for name in ("bias", "residual") if getattr(problem, name)]
+    return ["x", "weight", *optional, "out"]
+
+
+def default(problem: Matmul) -> PrimFunc:
+    """The definition: plain loops over the weight as it is in the checkpoint, to be scheduled or replaced.
+
+    Before and after the fusion that asks for it::
+
+        h = R.add(r, R.matmul(x, R.permute_dims(w)))      h = R.call_tir(matmul_n_576_k_1536_residual, (x, w, r))
+    """
+    batch, seq = tirx.Var("batch", "int64"), tirx.Var("seq", "int64")
+    x = te.placeholder((batch, seq, problem.k), name="x")
+    weight = te.placeholder((problem.n, problem.k), name="weight")
+    k = te.reduce_axis((0, problem.k), name="k")
+    product = te.compute(
+        (batch, seq, problem.n), lambda i, j, n: te.sum(x[i, j, k] * weight[n, k], axis=k), name="matmul"
+    )
+    inputs = [x, weight]
+    if problem.bias:
+        bias = te.placeholder((problem.n,), name="bias")
+        inputs.append(bias)
+        product = te.compute(product.shape, lambda i, j, n: product[i, j, n] + bias[n], name="biased")
+    activate = _SCALAR[problem.activation] if problem.activation else lambda value: value
+    half = problem.outputs
+    if problem.gated:
+        out = te.compute(
+            (batch, seq, half), lambda i, j, n: activate(product[i, j, n]) * product[i, j, n + half], name="gated"
+        )
+    else:
+        out = te.compute(product.shape, lambda i, j, n: activate(product[i, j, n]), name="activated")
+    if problem.residual:
+        residual = te.placeholder((batch, seq, half), name="residual")
+        inputs.append(residual)
+        summed = out
+        out = te.compute(summed.shape, lambda i, j, n: summed[i, j, n] + residual[i, j, n], name="summed")
+    func = te.create_prim_func([*inputs, out])
+    return tag(func.with_attr("global_symbol", problem.name), problem)
+
+
+def _gelu_tanh(x: Expr) -> Expr:
+    return x * tirx.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+_SCALAR = {
+    "silu": lambda x: x * tirx.sigmoid(x),
+    "gelu": lambda x: 0.5 * x * (1.0 + tirx.erf(x * 0.7071067811865476)),
+    "gelu_tanh": _gelu_tanh,
+    "relu": lambda x: tirx.max(x, tirx.const(0.0, "float32")),
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The register tile of a micro-kernel: `rows` of x by `cols` outputs, all held in vector registers."""
+
+    rows: int
+    cols: int
+
+
+def tile_for(machine: Machine) -> Tile:
+    """The tile that fills this machine's registers."""
+    cols = 32 if machine.accumulators >= 8 else 16
+    return Tile(max(1, machine.accumulators * LANES // cols), cols)
+
+
+def layout_for(problem: Matmul, machine: Machine) -> Tiled:
+    """The weight layout of this machine's kernels."""
+    return Tiled(tile_for(machine).cols, problem.gated)
+
+
+def tiled(problem: Matmul, machine: Machine) -> PrimFunc:
+    """A register-tiled product over a packed weight, exact for every M.
+
+    Each task owns one panel of the weight, which stays in its core's cache while the rows of x stream by. The rows
+    are cut into tiles of equal height, give or take one, and every height has its own unrolled micro-kernel: no row
+    is padded, and none is left to a slow tail.
+
+    The weight argument has the shape of `layout_for(problem, machine)`.
+    """
+    tile = tile_for(machine)
+    layout = layout_for(problem, machine)
+    panels = layout.panels(problem.n)
+    outputs = problem.outputs
+    per_panel = tile.cols // 2 if problem.gated else tile.cols
+
+    def emit() -> None:
+        batch, seq = b.size("batch"), b.size("seq")
+        x_arg = b.argument("x", (batch, seq, problem.k))
+        weight = b.argument("weight", layout.shape(problem.n, problem.k))
+        bias = b.argument("bias", (problem.n,)) if problem.bias else None
+        residual_arg = b.argument("residual", (batch, seq, outputs)) if problem.residual else None
+        out_arg = b.argument("out", (batch, seq, outputs))
+        m = b.let("M", batch * seq)
+        x, out = b.view(x_arg, (m, problem.k)), b.view(out_arg, (m, outputs))
+        residual = b.view(residual_arg, (m, outputs)) if problem.residual else None
+
+        def micro_kernel(rows: int, first: Expr, panel: Expr, tile_out: Expr) -> None:
+            acc = b.local((rows, tile.cols))
+            vectors = range(0, tile.cols, LANES)
+            for r in range(rows):
+                for c in vectors:
+                    b.store(acc, b.splat(0.0), r, c)
+            with T.serial(problem.k) as k:
+                for r in range(rows):
+                    for c in vectors:
+                        product = b.splat(x[first + r, k]) * b.load(weight, panel, k, c)
+                        b.store(acc, b.load(acc, r, c) + product, r, c)
+            for r in range(rows):
+                for c in vectors:
+                    b.store(tile_out, b.load(acc, r, c), r, c)
+
+        def epilogue(tile_out: Expr, row: Expr, at: Expr, panel: Expr, offset: int, lanes: int) -> None:
+            column = b.let("column", panel * per_panel + offset)
+
+            def reduced(start: int, bias_start: Expr) -> Expr:
+                value = b.load(tile_out, row, start, lanes=lanes)
+                return value if bias is None else value + b.load(bias, bias_start, lanes=lanes)
+
+            value = b.let("value", reduced(offset, column))
+            if problem.activation:
+                value = b.let("activated", ACTIVATIONS[problem.activation](value))
+            if problem.gated:
+                value = value * reduced(per_panel + offset, column + outputs)
+            if residual is not None:
+                value = value + b.load(residual, at, column, lanes=lanes)
+            b.store(out, value, at, column, lanes=lanes)
+
+        def write(width: int, tile_out: Expr, height: Expr, first: Expr, panel: Expr) -> None:
+            with T.serial(height) as row:
+                for offset, lanes in b.chunks(width):
+                    epilogue(tile_out, row, first + row, panel, offset, lanes)
+
+        def task(panel: Expr) -> None:
+            tile_out = b.local((tile.rows, tile.cols))
+            tiles = b.let("tiles", (m + (tile.rows - 1)) // tile.rows)
+            with T.serial(tiles) as i:
+                first = b.let("first", m * i // tiles)
+                height = b.let("height", m * (i + 1) // tiles - first)
+                for rows in range(1, tile.rows + 1):
+                    with b.when(height == rows):
+                        micro_kernel(rows, first, panel, tile_out)
+                rest = outputs % per_panel
+                if rest:
+                    b.either(
+                        panel < outputs // per_panel,
+                        lambda: write(per_panel, tile_out, height, first, panel),
+                        lambda: write(rest, tile_out, height, first, panel),
+                    )
+                else:
+                    write(per_panel, tile_out, height, first, panel)
+
+        b.tasks(panels, task, name="panel")
+
+    return tag(b.prim_func(problem.name, emit), problem)

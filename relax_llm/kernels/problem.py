@@ -1,0 +1,76 @@
+"""What a kernel must solve, as data. Problems travel through the compiler as an attribute of their PrimFunc."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from tvm.tirx import PrimFunc
+
+ATTRIBUTE = "relax_llm.problem"
+_OPERATORS: dict[str, type["Problem"]] = {}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operator with everything about it that is known at compile time; sizes of activations stay symbolic.
+
+    Subclasses are frozen dataclasses of plain values and name their operator. Two sites with equal problems share
+    their kernels.
+    """
+
+    operator: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _OPERATORS[cls.operator] = cls
+
+    @property
+    def name(self) -> str:
+        """A symbol for this problem: the operator and every field that is not at its default."""
+        parts = [self.operator]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value == field.default or value is None:
+                continue
+            if isinstance(value, tuple | float):
+                digest = hashlib.blake2b(repr(value).encode(), digest_size=4).hexdigest()
+                parts.append(digest)
+            elif value is True:
+                parts.append(field.name)
+            else:
+                parts.append(f"{field.name}{value}" if isinstance(value, int) else str(value))
+        return "_".join(parts)
+
+    @property
+    def flops(self) -> str:
+        """Arithmetic of one launch, as a formula in the symbolic sizes."""
+        raise NotImplementedError
+
+    @property
+    def bytes(self) -> str:
+        """Memory that one launch must move at least, as a formula in the symbolic sizes."""
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        """This problem as one line of JSON, the operator first."""
+        return json.dumps({"operator": self.operator, **asdict(self)})
+
+    @staticmethod
+    def from_json(text: str) -> "Problem":
+        """The problem that `to_json` wrote."""
+        values = json.loads(text)
+        kind = _OPERATORS[values.pop("operator")]
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def tag(func: PrimFunc, problem: Problem) -> PrimFunc:
+    """The function, marked as solving this problem."""
+    return func.with_attr(ATTRIBUTE, problem.to_json())
+
+
+def problem_of(func: PrimFunc) -> Problem | None:
+    """The problem that a PrimFunc solves, or None where it is not one of ours."""
+    attrs: Mapping[str, Any] = func.attrs or {}
+    return Problem.from_json(str(attrs[ATTRIBUTE])) if ATTRIBUTE in attrs else None

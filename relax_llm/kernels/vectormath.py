@@ -1,0 +1,92 @@
+"""Elementary functions on f32 vectors: TIR's own become one libm call per lane.
+
+Each takes and returns an expression of any lane count; errors are relative to float64 and hold over all of f32.
+"""
+
+import math
+from collections.abc import Callable
+
+from tvm.tirx.script.builder import ir as T
+
+from relax_llm.kernels.builder import Expr
+
+
+def _lanes(x: Expr) -> int:
+    return int(x.ty.dtype.lanes)
+
+
+def _const(x: Expr, value: float) -> Expr:
+    lanes = _lanes(x)
+    return T.float32(value) if lanes == 1 else T.broadcast(T.float32(value), lanes)
+
+
+def _typed(dtype: str, lanes: int) -> str:
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def exp(x: Expr) -> Expr:
+    """e**x within 2 ULP; 0 below -87.3 (no denormals), f32's largest power above 88.3.
+
+    Cody and Waite's reduction to |r| <= ln(2)/2, then the Cephes library's degree-5 polynomial for (e**r - 1 - r)/r**2.
+    """
+    lanes = _lanes(x)
+    c = lambda value: _const(x, value)  # noqa: E731
+    x = T.Bind(T.max(T.min(x, c(88.3762626647949)), c(-87.3365478515625)))
+    n = T.Bind(T.floor(x * c(math.log2(math.e)) + c(0.5)))
+    r = T.Bind(x - n * c(0.693359375) - n * c(-2.12194440e-4))
+    p = c(1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * r + c(coefficient)
+    p = p * r * r + r + c(1.0)
+    int_type = _typed("int32", lanes)
+    shift = T.int32(23) if lanes == 1 else T.broadcast(T.int32(23), lanes)
+    bias = T.int32(127) if lanes == 1 else T.broadcast(T.int32(127), lanes)
+    scale = T.reinterpret(_typed("float32", lanes), T.shift_left(T.cast(n, int_type) + bias, shift))
+    return p * scale
+
+
+def sigmoid(x: Expr) -> Expr:
+    """1 / (1 + e**-x)."""
+    return _const(x, 1.0) / (_const(x, 1.0) + exp(_const(x, 0.0) - x))
+
+
+def silu(x: Expr) -> Expr:
+    """x * sigmoid(x)."""
+    return x * sigmoid(x)
+
+
+def gelu_tanh(x: Expr) -> Expr:
+    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3))), by way of tanh(z) = 2 sigmoid(2z) - 1."""
+    inner = T.Bind(_const(x, 2.0 * math.sqrt(2.0 / math.pi)) * (x + _const(x, 0.044715) * x * x * x))
+    return x * sigmoid(inner)
+
+
+def erf(x: Expr) -> Expr:
+    """The error function within 2e-7 absolutely: Abramowitz and Stegun, formula 7.1.26."""
+    c = lambda value: _const(x, value)  # noqa: E731
+    a = T.Bind(T.max(x, c(0.0) - x))
+    t = T.Bind(c(1.0) / (c(1.0) + c(0.3275911) * a))
+    p = c(1.061405429)
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        p = p * t + c(coefficient)
+    y = T.Bind(c(1.0) - p * t * exp(c(0.0) - a * a))
+    return T.Select(x < c(0.0), c(0.0) - y, y)
+
+
+def gelu(x: Expr) -> Expr:
+    """0.5 x (1 + erf(x / sqrt(2)))."""
+    return _const(x, 0.5) * x * (_const(x, 1.0) + erf(x * _const(x, math.sqrt(0.5))))
+
+
+def relu(x: Expr) -> Expr:
+    """max(x, 0)."""
+    return T.max(x, _const(x, 0.0))
+
+
+ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": relu,
+}
+"""The activation functions that epilogues know, by the names that problems use."""
