@@ -63,7 +63,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
         )
     try:
         with path.open("rb") as file:
-            return file.read(limit)
+            return file.read(size)
     except OSError as error:
         raise CheckpointError(f"{path}: the file cannot be read: {_reason(error)}.") from None
 

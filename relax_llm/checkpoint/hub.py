@@ -59,8 +59,9 @@ def fetch_from_hub(hub_id: str) -> Path:
         raise CheckpointError(
             f"{absent}, and the Hugging Face hub has no model of this name for you."
         ) from None
-    except (OSError, ValueError, errors.HfHubHTTPError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:
+        # The package has used three HTTP libraries, each with its own exceptions for a broken connection.
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"{absent}, and fetching it from the Hugging Face hub failed: {reason}"
-        ) from None
+            f"{absent}, and fetching it from the Hugging Face hub failed: {reason}."
+        ) from error
