@@ -1,0 +1,1 @@
+"""The runtime: choosing tokens, generating text, running artifacts."""
