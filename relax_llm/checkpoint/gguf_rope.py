@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy as np
 from relax_llm.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from relax_llm.checkpoint.gguf_metadata import Metadata
@@ -18,6 +21,7 @@ __all__ = ["llama3_scaling", "rope_scaling"]
 
 # Relative error of factors that were computed in float32, stored, and are now computed again in float64.
 _TOLERANCE = 1e-5
+_ROUNDING = 1e-6
 
 
 def rope_scaling(
@@ -115,33 +119,52 @@ def llama3_scaling(factors: NDArray[np.float64], theta: float, original: int) ->
         return None
     with np.errstate(all="ignore"):
         x = theta ** (-np.arange(factors.size) / factors.size) / (2 * math.pi)
-        factor = round(float(factors.max()), 4)
-        for low, high in [(1.0, 4.0), *_line_ends(x, factors, factor, original)]:
-            smooth = np.clip((original * x - low) / (high - low), 0, 1)
-            if low < high and np.allclose(
-                1 / ((1 - smooth) / factor + smooth), factors, rtol=_TOLERANCE, atol=0
-            ):
-                return {
-                    "rope_type": "llama3",
-                    "factor": factor,
-                    "low_freq_factor": low,
-                    "high_freq_factor": high,
-                    "original_max_position_embeddings": original,
-                }
-    return None
+        factor = float(factors.max())
+        factor = round(factor, 3) if math.isclose(round(factor, 3), factor, rel_tol=1e-6) else factor
+        ends = [(1.0, 4.0), *_line_ends(x, factors, factor, original)]
+        errors = [_error(x * original, factors, factor, low, high) for low, high in ends]
+    # Earlier ones are rounder, so they go first as long as they differ by no more than rounding does.
+    best = next((error for error in errors if error < _ROUNDING), min(errors))
+    low, high = ends[errors.index(best)]
+    if not best < _TOLERANCE:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _error(
+    waves: NDArray[np.float64], factors: NDArray[np.float64], factor: float, low: float, high: float
+) -> float:
+    """The largest relative error of the factors that the rule gives; infinite where it gives none."""
+    smooth = np.clip((waves - low) / (high - low), 0, 1)
+    error = float(np.max(np.abs(((1 - smooth) / factor + smooth) * factors - 1)))
+    return error if low < high and math.isfinite(error) else math.inf
 
 
 def _line_ends(
     x: NDArray[np.float64], factors: NDArray[np.float64], factor: float, original: int
-) -> list[tuple[float, float]]:
-    """Where the line between the plateaus would end, from its outermost points: rounded, then as computed."""
-    on_line = np.flatnonzero((factors > 1 + _TOLERANCE) & (factors < factor * (1 - _TOLERANCE)))
-    if on_line.size < 2:
-        return []
-    first, last = on_line[0], on_line[-1]
-    slope = float((1 / factors[first] - 1 / factors[last]) / (x[first] - x[last]))
-    offset = float(1 / factors[first] - slope * x[first])
-    low, high = original * (1 / factor - offset) / slope, original * (1 - offset) / slope
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return []
-    return [(round(low, 3), round(high, 3)), (low, high)]
+) -> Iterator[tuple[float, float]]:
+    """Where a line between the plateaus may end, for each pair of points that could fix it.
+
+    Two points on the line itself fix it best. Where there are fewer, many lines give these factors, and
+    the points where the plateaus begin will do.
+    """
+    at_one = np.flatnonzero(factors <= 1 + _TOLERANCE)
+    at_factor = np.flatnonzero(factors >= factor * (1 - _TOLERANCE))
+    first = int(at_one[-1]) if at_one.size else -1
+    last = int(at_factor[0]) if at_factor.size else factors.size
+    inner = [(first + 1, last - 1)] if last - first > 2 else []
+    for a, b in inner or pairwise(range(max(first, 0), min(last, factors.size - 1) + 1)):
+        slope = float((1 / factors[a] - 1 / factors[b]) / (x[a] - x[b]))
+        if not slope > 0:
+            continue
+        offset = float(1 / factors[a] - slope * x[a])
+        low, high = original * (1 / factor - offset) / slope, original * (1 - offset) / slope
+        if math.isfinite(low) and math.isfinite(high):
+            yield round(low, 3), round(high, 3)  # exact, where the model's makers chose round numbers
+            yield low, high
