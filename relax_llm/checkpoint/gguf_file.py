@@ -223,10 +223,9 @@ def _half_rotated(rows: NDArray[Any], heads: int) -> NDArray[Any]:
 
     Stored rows of a head are 0, d/2, 1, d/2 + 1, ...; Hugging Face's are 0, 1, 2, ...
     """
-    interleaved: NDArray[Any] = rows.reshape(
-        heads, -1, 2, *rows.shape[1:]
-    )  # [heads, head_dim / 2, half, ...]
-    return interleaved.swapaxes(1, 2).reshape(rows.shape)
+    interleaved = rows.reshape(heads, -1, 2, *rows.shape[1:])  # [heads, head_dim / 2, half, ...]
+    restored: NDArray[Any] = interleaved.swapaxes(1, 2).reshape(rows.shape)
+    return restored
 
 
 def _dequantize(blocks: NDArray[np.uint8], entry: TensorEntry) -> NDArray[np.float32]:
