@@ -7,20 +7,23 @@ import os
 import subprocess
 import sys
 import tracemalloc
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from relax_llm.checkpoint import open_checkpoint
-from relax_llm.errors import CheckpointError
+from relax_llm.errors import CheckpointError, TokenizerError
 
 from .files import LLAMA_CONFIG, header_of, safetensors, small_tensors, write_directory
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
 DTYPES = [
     np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.int32, np.int16, np.int8,
@@ -31,7 +34,7 @@ DTYPES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 @pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 3, 4), (0, 4)], ids=str)
 def test_every_dtype_is_read_as_it_was_saved(dtype: type, shape: tuple[int, ...], tmp_path: Path) -> None:
-    values = np.random.default_rng(1).integers(0, 2, shape).astype(dtype)
+    values: NDArray[Any] = np.random.default_rng(1).integers(0, 2, shape).astype(dtype)
     other = np.arange(3, dtype=np.uint8)
     write_directory(tmp_path, config={**LLAMA_CONFIG, "num_hidden_layers": 2})
     save_file({"a": values, "b": other}, tmp_path / "model.safetensors")
@@ -74,7 +77,7 @@ def test_reading_maps_the_file_and_copies_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=lambda dtype: np.dtype(dtype).name)
 def test_data_at_an_odd_address_are_read(dtype: type, tmp_path: Path) -> None:
     """Old writers did not pad the header, so tensors can begin anywhere."""
-    values = np.random.default_rng(2).standard_normal((5, 7)).astype(dtype)
+    values: NDArray[Any] = np.random.default_rng(2).standard_normal((5, 7)).astype(dtype)
     for spaces in range(4):
         header = json.dumps(header_of({"a": values})).encode() + b" " * spaces
         write_directory(tmp_path / str(spaces), weights=safetensors({"a": values}, header))
@@ -171,6 +174,17 @@ def test_raw_blocks_are_refused_for_plain_tensors(tmp_path: Path) -> None:
     tensor = next(iter(open_checkpoint(write_directory(tmp_path)).tensors.values()))
     with pytest.raises(CheckpointError, match=r"stored as float32, so it has no quantized blocks"):
         tensor.raw()
+
+
+def test_the_tokenizer_is_loaded_when_it_is_asked_for(tmp_path: Path) -> None:
+    vocabulary = {"hello": 0, "world": 1, "[UNK]": 2}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    checkpoint = open_checkpoint(write_directory(tmp_path))
+    with pytest.raises(TokenizerError):
+        checkpoint.load_tokenizer()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert checkpoint.load_tokenizer().encode("world hello") == [1, 0]
 
 
 def test_the_fingerprint_follows_every_file_that_matters(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def _split(**changes: Any) -> Callable[[Path], Path]:
         GGUF(first, kept).write(folder / name)
         if not changes.get("missing"):
             GGUF(second, further).write(folder / "m-00002-of-00002.gguf")
-        return folder / (changes.get("open") or name)
+        return folder / str(changes.get("open") or name)
 
     return build
 
@@ -250,7 +250,7 @@ HUGGING_FACE = [
     _config("string", b'"llama"', "JSON object is expected"),
     _config("null", b"null", "JSON object is expected"),
     _config("deep", b"[" * 2_000_000, "nested too deeply"),
-    _config("long-integer", b'{"vocab_size": ' + b"9" * 1_000_000 + b"}", "1000000 digits"),
+    _config("long-integer", b'{"vocab_size": ' + b"9" * 1_000_000 + b"}", "an integer of 1000000 digits"),
     _config("huge", b'{"model_type": "llama"}' + b" " * (5 << 20), "bytes"),
     _config("no-model-type", {"hidden_size": 4}, "'model_type'"),
     _field("model_type", ["llama"]),
