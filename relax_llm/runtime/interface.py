@@ -1,0 +1,67 @@
+"""What the generation side needs of a runner and of its state, and no more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from relax_llm.text.tokenizer import Tokenizer
+
+
+class CacheState(Protocol):
+    """A KV cache with its history, as `runner.start()` gives it."""
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in the cache."""
+        ...
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The tokens in the cache, for batch 1; as long as `length` says."""
+        ...
+
+    def truncate(self, length: int, /) -> None:
+        """Cut the cache back to its first `length` tokens."""
+        ...
+
+
+class LanguageModel(Protocol):
+    """What turns tokens into logits. `Runner` is one."""
+
+    @property
+    def context_length(self) -> int:
+        """How many tokens the cache can hold at most."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Length of the logits."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, where the artifact has one."""
+        ...
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """The fields of the checkpoint's `generation_config.json`."""
+        ...
+
+    def start(self) -> Any:
+        """An empty state of batch 1."""
+        ...
+
+    def prefill(self, state: Any, token_ids: Sequence[int], /) -> npt.NDArray[np.float32]:
+        """Append `token_ids` [seq] to the cache; logits [vocab] after the last one."""
+        ...
+
+    def decode(self, state: Any, token_id: int, /) -> npt.NDArray[np.float32]:
+        """Append one token to the cache; logits [vocab] after it."""
+        ...
