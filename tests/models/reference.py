@@ -123,8 +123,12 @@ def _write_older_config(path: Path) -> None:
     else:
         config["rope_scaling"] = {"rope_type" if kind == "llama3" else "type": kind, **rope}
     config["torch_dtype"] = config.pop("dtype")
-    if config["num_key_value_heads"] == config["num_attention_heads"]:
+    # The two families have different defaults: as many as heads, and the 8 of Mistral 7B.
+    default_kv_heads = 8 if config["model_type"] == "mistral" else config["num_attention_heads"]
+    if config["num_key_value_heads"] == default_kv_heads:
         del config["num_key_value_heads"]
+    if config.get("sliding_window") == 4096:
+        del config["sliding_window"]
     if config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
         del config["head_dim"]
     for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
