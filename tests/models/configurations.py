@@ -218,7 +218,7 @@ MISTRAL: tuple[Configuration, ...] = (
     mistral("window-33-bfloat16-older-config", window=33, hidden=64, heads=(4, 1), intermediate=129,
             vocab=257,
             stored="bfloat16", shard="40KB", files=("older config",), visible={"sliding_window": 32}),
-    mistral("defaults-left-out", window=4096, hidden=64, heads=(16, 8), head_dim=6, intermediate=77, vocab=131,
+    mistral("defaults-left-out", window=4096, hidden=64, heads=(16, 8), head_dim=6, intermediate=77, vocab=67,
             files=("older config",), visible={"sliding_window": 300}),
     mistral("window-100-yarn", window=100, hidden=64, heads=(4, 2), head_dim=24, intermediate=77, vocab=131,
             rope=YARN,
