@@ -160,7 +160,7 @@ def _from_vocab_and_merges(directory: Path, config: dict[str, Any]) -> Tokenizer
             f"{directory / CONFIG_FILE}: {what} cannot be built from vocab.json here. {_CONVERT}"
         )
     vocab = _json_object(path)
-    if not vocab or not all(isinstance(i, int) and 0 <= i < 1 << 32 for i in vocab.values()):
+    if not vocab or not all(type(i) is int and 0 <= i < 1 << 32 for i in vocab.values()):
         raise TokenizerError(f"{path}: must map each token to its id, a number from 0.")
     lines = _text(merges_path)
     if lines is None:
@@ -205,12 +205,16 @@ def _add_tokens(backend: Tokenizer, directory: Path, config: dict[str, Any]) -> 
     decoder = config.get("added_tokens_decoder")
     if decoder is None:
         path = directory / "added_tokens.json"
-        decoder = {i: {"content": text} for text, i in _json_object(path).items()}
+        listed = _json_object(path)
+        for text, i in listed.items():
+            if type(i) is not int or i < 0:
+                raise TokenizerError(f"{path}: {i!r} is not the id of the added token {text!r}.")
+        decoder = {str(i): {"content": text} for text, i in listed.items()}
     if not isinstance(decoder, dict):
         raise TokenizerError(f"{path}: added_tokens_decoder must be an object from ids to tokens.")
     tokens = {}
     for key, value in decoder.items():
-        if isinstance(key, bool) or not str(key).isdecimal():
+        if not key.isdecimal():
             raise TokenizerError(f"{path}: {key!r} is not the id of an added token.")
         tokens[int(key)] = _added_token(path, f"the added token {key}", value, False)
     present = {token.content: token for token in backend.get_added_tokens_decoder().values()}

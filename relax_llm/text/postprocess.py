@@ -16,7 +16,7 @@ def add_bos_eos(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None)
     """Lets ``backend`` put these tokens (None: no such token) around every sequence it encodes.
 
     Args:
-        backend: Its post-processor is replaced.
+        backend: Its post-processor is replaced where there is a token.
         bos: Text of the token in front.
         eos: Text of the token behind.
 
@@ -24,6 +24,8 @@ def add_bos_eos(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None)
         TokenizerError: A token is not in the vocabulary.
     """
     around = [token for token in (bos, eos) if token is not None]
+    if not around:
+        return
     ids = {token: backend.token_to_id(token) for token in around}
     for token, i in ids.items():
         if i is None:

@@ -78,10 +78,13 @@ def merges_from_scores(vocab: SentencePieceVocab) -> list[tuple[str, str]]:
     ]
 
 
-def _normalizer(vocab: SentencePieceVocab) -> normalizers.Normalizer:
+def _normalizer(vocab: SentencePieceVocab, source: str) -> normalizers.Normalizer:
     steps: list[normalizers.Normalizer] = []
     if vocab.charsmap:
-        steps.append(normalizers.Precompiled(vocab.charsmap))
+        try:
+            steps.append(normalizers.Precompiled(vocab.charsmap))
+        except Exception as error:
+            raise TokenizerError(f"{source}: the precompiled_charsmap cannot be used: {error}.") from error
     if vocab.remove_extra_spaces:
         steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
@@ -103,7 +106,7 @@ def sentencepiece_backend(vocab: SentencePieceVocab, source: str) -> Tokenizer:
         source: The file, for error messages.
 
     Raises:
-        TokenizerError: Two pieces have the same text.
+        TokenizerError: Two pieces have the same text, or the character map is damaged.
     """
     ids = {piece: i for i, piece in enumerate(vocab.pieces)}
     if len(ids) != len(vocab.pieces):
@@ -115,7 +118,7 @@ def sentencepiece_backend(vocab: SentencePieceVocab, source: str) -> Tokenizer:
     backend = Tokenizer(
         models.BPE(ids, merges_from_scores(vocab), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    backend.normalizer = _normalizer(vocab)
+    backend.normalizer = _normalizer(vocab, source)
     undo: list[decoders.Decoder] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if vocab.add_space_prefix:
         undo.append(decoders.Strip(" ", 1, 0))

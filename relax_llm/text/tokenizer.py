@@ -42,9 +42,9 @@ class Tokenizer:
         stop_ids: Tokens that end an answer: ``eos_token``, and the end of a turn where that is another one.
     """
 
-    backend: tokenizers.Tokenizer
+    backend: tokenizers.Tokenizer = field(repr=False)
     special_tokens: Mapping[str, str] = field(default_factory=lambda: _NONE)
-    chat_templates: Mapping[str, str] = field(default_factory=lambda: _NONE)
+    chat_templates: Mapping[str, str] = field(default_factory=lambda: _NONE, repr=False)
     stop_ids: frozenset[int] = frozenset()
 
     @classmethod
