@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SPACE = "\u2581"  # how SentencePiece writes a space
-MAX_PIECE_CHARACTERS = 4096  # a piece is cut in every place, so its length bounds the work
+MAX_PIECE_CHARACTERS = 256  # far more than trainers make; a piece is cut in every place
 
 
 class PieceType(IntEnum):
@@ -59,7 +59,8 @@ def merges_from_scores(vocab: SentencePieceVocab) -> list[tuple[str, str]]:
     """Every cut of a normal piece into two pieces, the one with the best score first.
 
     Only normal pieces are formed by merging: SentencePiece finds user-defined ones in the text beforehand,
-    and never forms control, unknown, byte and unused pieces from text.
+    and never forms control, unknown, byte and unused pieces from text. Pieces of
+    more than MAX_PIECE_CHARACTERS are not formed either: cutting them would take a hostile file's time.
     """
     normal = {
         piece
