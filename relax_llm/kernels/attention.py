@@ -109,20 +109,15 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
             def score(n: int, block: Expr) -> None:
                 """scores[:n] = queries[:n] . keys of the block, `step` tiles at a time."""
                 with T.serial(GRANULE // TILE // step) as s:
-                    acc = b.local((n, step * TILE))
-                    for r in range(n):
-                        for t in range(step):
-                            b.store(acc, b.splat(0.0), r, t * TILE)
+                    acc = b.Registers(n, b.chunks(step * TILE))
+                    acc.clear()
                     with T.serial(dim) as channel:
-                        for r in range(n):
-                            for t in range(step):
-                                at = block * (GRANULE // TILE) + s * step + t
-                                keys = b.load(k_cache, sequence, kv_head, at, channel, 0)
-                                value = b.load(acc, r, t * TILE) + b.splat(queries[r, channel]) * keys
-                                b.store(acc, value, r, t * TILE)
-                    for r in range(n):
-                        for t in range(step):
-                            b.store(scores, b.load(acc, r, t * TILE), r, (s * step + t) * TILE)
+                        for r, t, _, _ in acc:
+                            at = block * (GRANULE // TILE) + s * step + t
+                            keys = b.load(k_cache, sequence, kv_head, at, channel, 0)
+                            acc.set(r, t, acc.get(r, t) + b.splat(queries[r, channel]) * keys)
+                    for r, t, _, _ in acc:
+                        b.store(scores, acc.get(r, t), r, (s * step + t) * TILE)
 
             def softmax(r: Expr, block: Expr) -> None:
                 """scores[r] becomes exp(scores[r] - max), and what was summed before is scaled to the new maximum."""
@@ -152,21 +147,15 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
                 vectors = b.chunks(dim)
                 at_once = max(1, machine.accumulators // n)
                 for group_start in range(0, len(vectors), at_once):
-                    part = vectors[group_start : group_start + at_once]
-                    offset = part[0][0]
-                    acc = b.local((n, sum(lanes for _, lanes in part)))
-                    for r in range(n):
-                        for start, lanes in part:
-                            b.store(acc, b.load(sums, r, start, lanes=lanes), r, start - offset, lanes=lanes)
+                    acc = b.Registers(n, vectors[group_start : group_start + at_once])
+                    for r, index, start, lanes in acc:
+                        acc.set(r, index, b.load(sums, r, start, lanes=lanes))
                     with T.serial(visible) as j:
-                        for r in range(n):
-                            for start, lanes in part:
-                                values = b.load(v_cache, sequence, kv_head, block * GRANULE + j, start, lanes=lanes)
-                                old = b.load(acc, r, start - offset, lanes=lanes)
-                                b.store(acc, old + b.splat(scores[r, j], lanes) * values, r, start - offset, lanes=lanes)
-                    for r in range(n):
-                        for start, lanes in part:
-                            b.store(sums, b.load(acc, r, start - offset, lanes=lanes), r, start, lanes=lanes)
+                        for r, index, start, lanes in acc:
+                            values = b.load(v_cache, sequence, kv_head, block * GRANULE + j, start, lanes=lanes)
+                            acc.set(r, index, acc.get(r, index) + b.splat(scores[r, j], lanes) * values)
+                    for r, index, start, lanes in acc:
+                        b.store(sums, acc.get(r, index), r, start, lanes=lanes)
 
             with T.serial((end - 1) // GRANULE + 1 - begin_block) as i:
                 block = b.let("block", begin_block + i)

@@ -17,17 +17,19 @@ from relax_llm.kernels.machine import LANES
 Expr = Any  # TIR expressions and buffers carry no useful static types in TVM's Python API.
 
 
-def prim_func(name: str, emit: Callable[[], None], **attrs: str) -> PrimFunc:
+_OPAQUE = 8  # The operator pattern that tells TVM's fusion to leave a function alone.
+
+
+def prim_func(name: str, emit: Callable[[], None]) -> PrimFunc:
     """Build a scheduled PrimFunc whose body `emit` writes.
 
     Args:
         name: The kernel's symbol in the compiled library.
         emit: Declares arguments with `argument` and `size`, then emits the body.
-        attrs: Further function attributes.
     """
     with IRBuilder() as ib, T.prim_func(s_tir=True):
         T.func_name(name)
-        T.func_attr({"global_symbol": name, "tirx.is_scheduled": True, "tirx.noalias": True, **attrs})
+        T.func_attr({"global_symbol": name, "tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": _OPAQUE})
         emit()
     return ib.get()
 
@@ -55,12 +57,49 @@ def view(buffer: Expr, shape: Sequence[Expr], dtype: str = "float32") -> Expr:
 
 
 def local(shape: Sequence[int], dtype: str = "float32") -> Expr:
-    """Memory of one task: registers where every index is a constant, else its stack."""
+    """Memory of one task. TVM keeps up to 1 KiB on the stack and takes more from a pool, at some tens of ns."""
     return T.alloc_buffer(tuple(shape), dtype, scope="local")
 
 
+class Registers:
+    """A tile of f32 vectors that live in registers, `rows` by the given vectors, each a variable of its own.
+
+    One array for all would exceed what TVM puts on the stack, and LLVM promotes no heap memory to registers.
+    """
+
+    def __init__(self, rows: int, vectors: Sequence[tuple[int, int]]) -> None:
+        self.rows = rows
+        self.vectors = vectors
+        self._cells = [[local((lanes,)) for _, lanes in vectors] for _ in range(rows)]
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
+        """Every vector of the tile as (row, index of the vector, its first column, its lanes)."""
+        for row in range(self.rows):
+            for index, (start, lanes) in enumerate(self.vectors):
+                yield row, index, start, lanes
+
+    def get(self, row: int, index: int) -> Expr:
+        return load(self._cells[row][index], 0, lanes=self.vectors[index][1])
+
+    def set(self, row: int, index: int, value: Expr) -> None:
+        store(self._cells[row][index], value, 0, lanes=self.vectors[index][1])
+
+    def clear(self) -> None:
+        for row, index, _, lanes in self:
+            self.set(row, index, splat(0.0, lanes))
+
+
 def let(name: str, value: Expr) -> Expr:
-    """Name a value, so that it is computed once."""
+    """Name a value, so that it is computed once.
+
+    Integers go through a variable of their own: TVM's simplifier copies bound integers back into every use, and the
+    index arithmetic of one tile would be compiled hundreds of times.
+    """
+    if value.ty.dtype == "int64":
+        cell = T.alloc_buffer((1,), "int64", scope="local")
+        IRBuilder.name(name, cell)
+        T.buffer_store(cell, value, [0])
+        return cell[0]
     var = T.Bind(value)
     IRBuilder.name(name, var)
     return var

@@ -79,7 +79,7 @@ def append(problem: Append, machine: Machine) -> PrimFunc:
         k_cache, v_cache = b.argument("k_cache", k_shape), b.argument("v_cache", v_shape)
         kv_len = b.scalar("kv_len")
         q_arg = b.argument("q", (batch, seq, heads, dim))
-        rows = b.let("M", batch * seq)
+        rows = batch * seq
         qkv = b.view(qkv_arg, (rows, heads + 2 * kv_heads, dim))
         q = b.view(q_arg, (rows, heads, dim))
 

@@ -49,7 +49,7 @@ def embedding(problem: Embedding, machine: Machine) -> PrimFunc:
         ids_arg = b.argument("ids", (batch, seq), "int32")
         table = b.argument("table", layout.shape(problem.rows, hidden) if layout else (problem.rows, hidden))
         out_arg = b.argument("out", (batch, seq, hidden))
-        rows = b.let("M", batch * seq)
+        rows = batch * seq
         ids, out = b.view(ids_arg, (rows,), "int32"), b.view(out_arg, (rows, hidden))
 
         def task(row: Expr) -> None:

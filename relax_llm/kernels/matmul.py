@@ -68,7 +68,7 @@ def default(problem: Matmul) -> PrimFunc:
 
     Before and after the fusion that asks for it::
 
-        h = R.add(r, R.matmul(x, R.permute_dims(w)))      h = R.call_tir(matmul_n_576_k_1536_residual, (x, w, r))
+        h = R.add(r, R.matmul(x, R.permute_dims(w)))      h = R.call_tir(loops_matmul_n576_k1536_residual, (x, w, r))
     """
     batch, seq = tirx.Var("batch", "int64"), tirx.Var("seq", "int64")
     x = te.placeholder((batch, seq, problem.k), name="x")
@@ -96,7 +96,7 @@ def default(problem: Matmul) -> PrimFunc:
         summed = out
         out = te.compute(summed.shape, lambda i, j, n: summed[i, j, n] + residual[i, j, n], name="summed")
     func = te.create_prim_func([*inputs, out])
-    return tag(func.with_attr("global_symbol", problem.name), problem)
+    return tag(func.with_attr("global_symbol", f"loops_{problem.name}"), problem)
 
 
 def _gelu_tanh(x: Expr) -> Expr:
@@ -152,30 +152,25 @@ def tiled(problem: Matmul, machine: Machine) -> PrimFunc:
         bias = b.argument("bias", (problem.n,)) if problem.bias else None
         residual_arg = b.argument("residual", (batch, seq, outputs)) if problem.residual else None
         out_arg = b.argument("out", (batch, seq, outputs))
-        m = b.let("M", batch * seq)
+        m = batch * seq
         x, out = b.view(x_arg, (m, problem.k)), b.view(out_arg, (m, outputs))
         residual = b.view(residual_arg, (m, outputs)) if problem.residual else None
 
-        def micro_kernel(rows: int, first: Expr, panel: Expr, tile_out: Expr) -> None:
-            acc = b.local((rows, tile.cols))
-            vectors = range(0, tile.cols, LANES)
-            for r in range(rows):
-                for c in vectors:
-                    b.store(acc, b.splat(0.0), r, c)
+        def micro_kernel(rows: int, first: Expr, panel: Expr, staged: list[Expr]) -> None:
+            acc = b.Registers(rows, b.chunks(tile.cols))
+            acc.clear()
             with T.serial(problem.k) as k:
-                for r in range(rows):
-                    for c in vectors:
-                        product = b.splat(x[first + r, k]) * b.load(weight, panel, k, c)
-                        b.store(acc, b.load(acc, r, c) + product, r, c)
-            for r in range(rows):
-                for c in vectors:
-                    b.store(tile_out, b.load(acc, r, c), r, c)
+                for row, index, column, _ in acc:
+                    product = b.splat(x[first + row, k]) * b.load(weight, panel, k, column)
+                    acc.set(row, index, acc.get(row, index) + product)
+            for row, index, _, _ in acc:
+                b.store(staged[index], acc.get(row, index), row, 0)
 
-        def epilogue(tile_out: Expr, row: Expr, at: Expr, panel: Expr, offset: int, lanes: int) -> None:
+        def epilogue(staged: list[Expr], row: Expr, at: Expr, panel: Expr, offset: int, lanes: int) -> None:
             column = b.let("column", panel * per_panel + offset)
 
             def reduced(start: int, bias_start: Expr) -> Expr:
-                value = b.load(tile_out, row, start, lanes=lanes)
+                value = b.load(staged[start // LANES], row, start % LANES, lanes=lanes)
                 return value if bias is None else value + b.load(bias, bias_start, lanes=lanes)
 
             value = b.let("value", reduced(offset, column))
@@ -187,29 +182,29 @@ def tiled(problem: Matmul, machine: Machine) -> PrimFunc:
                 value = value + b.load(residual, at, column, lanes=lanes)
             b.store(out, value, at, column, lanes=lanes)
 
-        def write(width: int, tile_out: Expr, height: Expr, first: Expr, panel: Expr) -> None:
+        def write(width: int, staged: list[Expr], height: Expr, first: Expr, panel: Expr) -> None:
             with T.serial(height) as row:
-                for offset, lanes in b.chunks(width):
-                    epilogue(tile_out, row, first + row, panel, offset, lanes)
+                for offset, lanes in b.chunks(width, min(LANES, per_panel)):
+                    epilogue(staged, row, first + row, panel, offset, lanes)
 
         def task(panel: Expr) -> None:
-            tile_out = b.local((tile.rows, tile.cols))
+            staged = [b.local((tile.rows, LANES)) for _ in b.chunks(tile.cols)]
             tiles = b.let("tiles", (m + (tile.rows - 1)) // tile.rows)
             with T.serial(tiles) as i:
                 first = b.let("first", m * i // tiles)
                 height = b.let("height", m * (i + 1) // tiles - first)
                 for rows in range(1, tile.rows + 1):
                     with b.when(height == rows):
-                        micro_kernel(rows, first, panel, tile_out)
+                        micro_kernel(rows, first, panel, staged)
                 rest = outputs % per_panel
                 if rest:
                     b.either(
                         panel < outputs // per_panel,
-                        lambda: write(per_panel, tile_out, height, first, panel),
-                        lambda: write(rest, tile_out, height, first, panel),
+                        lambda: write(per_panel, staged, height, first, panel),
+                        lambda: write(rest, staged, height, first, panel),
                     )
                 else:
-                    write(per_panel, tile_out, height, first, panel)
+                    write(per_panel, staged, height, first, panel)
 
         b.tasks(panels, task, name="panel")
 

@@ -50,7 +50,7 @@ def norm(problem: Norm, machine: Machine) -> PrimFunc:
         weight = b.argument("weight", (hidden,))
         bias = b.argument("bias", (hidden,)) if problem.bias else None
         out_arg = b.argument("out", (batch, seq, hidden))
-        rows = b.let("M", batch * seq)
+        rows = batch * seq
         x, out = b.view(x_arg, (rows, hidden)), b.view(out_arg, (rows, hidden))
 
         def task(row: Expr) -> None:

@@ -1,0 +1,164 @@
+"""A Relax function as a list: every function here is one straight line of bindings, which passes edit in place."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import IRModule, ir, relax
+from tvm.relax.analysis import free_vars
+from tvm.tirx import PrimFunc
+
+from relax_llm.errors import CompileError
+from relax_llm.kernels.problem import Problem, problem_of
+
+
+@dataclass
+class Line:
+    """A function whose body is a sequence of `var = expr`.
+
+    Attributes:
+        name: The function's name in its module.
+        params: Its parameters.
+        body: Variables and what they are bound to, in order; None marks a removed binding.
+        result: The variable it returns.
+        attrs: Its attributes.
+    """
+
+    name: str
+    params: list[relax.Var]
+    body: list[tuple[relax.Var, relax.Expr] | None]
+    result: relax.Expr
+    attrs: Any
+
+    def __iter__(self) -> Iterator[tuple[int, relax.Var, relax.Expr]]:
+        """Live bindings with their positions."""
+        for index, binding in enumerate(self.body):
+            if binding is not None:
+                yield index, *binding
+
+    def definitions(self) -> dict[relax.Var, relax.Expr]:
+        """What each variable is bound to."""
+        return {var: expr for _, var, expr in self}
+
+    def positions(self) -> dict[relax.Var, int]:
+        """Where each variable is bound."""
+        return {var: index for index, var, _ in self}
+
+    def users(self) -> dict[relax.Var, list[int]]:
+        """Positions of the bindings that use each variable, once for each; the result counts as position -1."""
+        users: dict[relax.Var, list[int]] = {}
+        for index, _, expr in self:
+            for var in used(expr):
+                users.setdefault(var, []).append(index)
+        users.setdefault(self.result, []).append(-1)
+        return users
+
+    def insert(self, index: int, new: Iterable[tuple[relax.Var, relax.Expr]]) -> None:
+        """Put bindings in front of a position."""
+        self.body[index:index] = list(new)
+
+    def function(self) -> relax.Function:
+        """The Relax function, without what nothing uses."""
+        needed: Counter[relax.Var] = Counter([self.result])
+        kept = []
+        for binding in reversed(self.body):
+            if binding is not None and needed[binding[0]]:
+                needed.update(used(binding[1]))
+                kept.append(relax.VarBinding(*binding))
+        block = relax.DataflowBlock(kept[::-1])
+        body = typed(relax.SeqExpr([block], self.result))
+        return relax.Function(self.params, body, ret_ty=self.result.ty, attrs=self.attrs)
+
+
+def used(expr: relax.Expr) -> list[relax.Var]:
+    """The variables of an expression."""
+    return list(free_vars(expr))
+
+
+def lines(mod: IRModule) -> list[Line]:
+    """Every Relax function of a module.
+
+    Raises:
+        CompileError: A function has control flow.
+    """
+    found = []
+    for var, func in mod.functions_items():
+        if isinstance(func, relax.Function):
+            found.append(_line(var.name_hint, func))
+    return found
+
+
+def _line(name: str, func: relax.Function) -> Line:
+    body: list[tuple[relax.Var, relax.Expr] | None] = []
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            if not isinstance(binding, relax.VarBinding) or isinstance(binding.value, relax.If):
+                raise CompileError(f"Function {name!r} is not a straight line of bindings; this pass cannot read it.")
+            body.append((binding.var, binding.value))
+    return Line(name, list(func.params), body, func.body.body, func.attrs)
+
+
+class Edit:
+    """A module under change: its functions as lines, and the kernels added to it.
+
+    Attributes:
+        lines: Every Relax function; edit them, then call `module`.
+    """
+
+    def __init__(self, mod: IRModule) -> None:
+        """Read a module, which stays as it is."""
+        self.lines = lines(mod)
+        self._original = mod
+        self._builder = relax.BlockBuilder(mod.clone())
+        self._kernels: dict[Problem, ir.GlobalVar] = {}
+
+    def kernel(self, problem: Problem, make: Callable[[], PrimFunc]) -> ir.GlobalVar:
+        """The module's function for a problem; made on first use."""
+        if problem not in self._kernels:
+            func = make()
+            self._kernels[problem] = self._builder.add_func(func, str(func.attrs["global_symbol"]))
+        return self._kernels[problem]
+
+    def problems(self) -> dict[ir.GlobalVar, Problem | None]:
+        """The problem that each kernel of the original module solves."""
+        functions = self._original.functions_items()
+        return {var: problem_of(func) for var, func in functions if isinstance(func, PrimFunc)}
+
+    def module(self) -> IRModule:
+        """The changed module, without kernels that nothing calls."""
+        for line in self.lines:
+            self._builder.update_func(self._original.get_global_var(line.name), line.function())
+        names = [line.name for line in self.lines]
+        return relax.transform.DeadCodeElimination(names)(self._builder.get())
+
+
+def typed(expr: relax.Expr) -> relax.Expr:
+    """The expression with its type deduced."""
+    return relax.BlockBuilder().normalize(expr)
+
+
+def bind(name: str, expr: relax.Expr) -> tuple[relax.Var, relax.Expr]:
+    """A new variable bound to an expression."""
+    expr = typed(expr)
+    return relax.DataflowVar(name, expr.ty), expr
+
+
+def is_op(expr: relax.Expr | None, name: str) -> bool:
+    """Whether an expression calls this operator."""
+    return isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and expr.op.name == name
+
+
+def substitute(expr: relax.Expr, values: dict[relax.Var, relax.Var]) -> relax.Expr:
+    """The expression with variables exchanged; types stay as they are."""
+    if isinstance(expr, relax.Var):
+        return values.get(expr, expr)
+    if isinstance(expr, relax.Call):
+        args = [substitute(arg, values) if isinstance(arg, relax.Expr) else arg for arg in expr.args]
+        return typed(relax.Call(expr.op, args, expr.attrs, expr.ty_args))
+    if isinstance(expr, relax.Tuple):
+        return typed(relax.Tuple([substitute(part, values) for part in expr.fields]))
+    if isinstance(expr, relax.TupleGetItem):
+        return typed(relax.TupleGetItem(substitute(expr.tuple_value, values), expr.index))
+    return expr

@@ -1,0 +1,93 @@
+"""The first pass: trace an architecture into a module with one function for each way to call a model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import IRModule, ir, relax, tirx
+from tvm.relax.frontend import nn
+
+from relax_llm.errors import ArchitectureError
+from relax_llm.kernels.cache import cache_shapes
+from relax_llm.kernels.lookup import LastToken
+from relax_llm.kernels.machine import Machine
+from relax_llm.kernels.problem import Problem
+from relax_llm.layers.decoder import Decoder, attention_layers
+from relax_llm.layers.step import Step
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A function of the compiled module.
+
+    All take token_ids [batch, seq] int32, kv_len (a shape of one number), the caches and the weights.
+
+    Attributes:
+        name: Its name.
+        seq: Fixed number of query tokens, or None where it is symbolic.
+        finish: From hidden states to what is returned.
+    """
+
+    name: str
+    seq: int | None
+    finish: Callable[[Decoder, nn.Tensor, Step], nn.Tensor]
+
+
+def _last(decoder: Decoder, hidden: nn.Tensor, step: Step) -> nn.Tensor:
+    width = hidden.shape[-1]
+    return decoder.logits(step.launch(LastToken(width), [hidden], [step.batch, 1, width]))
+
+
+ENTRIES = (
+    Entry("prefill", None, _last),  # logits of the last token: [batch, 1, vocab]
+    Entry("decode", 1, lambda decoder, hidden, _: decoder.logits(hidden)),  # [batch, 1, vocab]
+    Entry("logits", None, lambda decoder, hidden, _: decoder.logits(hidden)),  # [batch, seq, vocab]
+    Entry("hidden", None, lambda _decoder, hidden, _: hidden),  # [batch, seq, hidden]
+)
+
+CACHES = "relax_llm.caches"
+"""Function attribute: how many parameters after token_ids and kv_len are caches; weights follow."""
+
+
+def export(decoder: Decoder, machine: Machine) -> IRModule:
+    """Trace a decoder.
+
+    Each function has the parameters token_ids, kv_len, then the key and value cache of every attention layer, named
+    `layers.3.self_attn.k_cache`, then every weight under the checkpoint's name.
+
+    Raises:
+        ArchitectureError: A layer's shapes do not fit together.
+    """
+    builder = relax.BlockBuilder()
+    sites = attention_layers(decoder)
+    parameters = list(decoder.named_parameters())
+    kernels: dict[Problem, ir.GlobalVar] = {}
+    for entry in ENTRIES:
+        batch, kv_len, tiles = (tirx.Var(name, "int64") for name in ("batch", "kv_len", "tiles"))
+        seq: Any = entry.seq or tirx.Var("seq", "int64")
+        token_ids = relax.Var("token_ids", relax.TensorType([batch, seq], "int32"))
+        length = relax.Var("kv_len", relax.ShapeType([kv_len]))
+        caches = {}
+        for site, layer in sites.items():
+            shapes = cache_shapes(batch, layer.kv_heads, tiles, layer.head_dim)
+            k_cache, v_cache = (
+                relax.Var(f"{site}.{which}_cache", relax.TensorType(list(shape), "float32"))
+                for which, shape in zip("kv", shapes, strict=True)
+            )
+            caches[site] = (k_cache, v_cache)
+        weights = []
+        for name, parameter in parameters:
+            weights.append(relax.Var(name, relax.TensorType(list(parameter.shape), parameter.dtype)))
+            parameter._expr = weights[-1]
+        flat = [cache for pair in caches.values() for cache in pair]
+        step = Step(batch, seq, kv_len, caches, machine, kernels)
+        with builder.function(entry.name, [token_ids, length, *flat, *weights], attrs={CACHES: len(flat)}):
+            with builder.dataflow():
+                try:
+                    hidden = decoder.hidden_states(nn.Tensor(_expr=token_ids), step)
+                    result = entry.finish(decoder, hidden, step)
+                except (ValueError, TypeError) as error:
+                    raise ArchitectureError(f"{type(decoder).__name__} cannot be traced: {error}") from error
+                output = builder.emit_output(result._expr)
+            builder.emit_func_output(output)
+    return builder.get()

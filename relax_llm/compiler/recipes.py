@@ -1,0 +1,135 @@
+"""How an artifact's weights are made from a checkpoint's tensors: small expressions, as data."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from relax_llm.kernels.layout import Tiled
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parameter of the architecture."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def make(self, read: Callable[[str], Array]) -> Array:
+        """The tensor as the checkpoint has it."""
+        return read(self.name)
+
+    def sources(self) -> list[str]:
+        """The parameters this is made from."""
+        return [self.name]
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """A matrix with its axes exchanged."""
+
+    of: "Recipe"
+
+    def __str__(self) -> str:
+        return f"transpose({self.of})"
+
+    def make(self, read: Callable[[str], Array]) -> Array:
+        """A view."""
+        return self.of.make(read).T
+
+    def sources(self) -> list[str]:
+        """The parameters this is made from."""
+        return self.of.sources()
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Tensors joined along their first axis."""
+
+    parts: "tuple[Recipe, ...]"
+
+    def __str__(self) -> str:
+        return f"concat({', '.join(map(str, self.parts))})"
+
+    def make(self, read: Callable[[str], Array]) -> Array:
+        """A new array."""
+        return np.concatenate([part.make(read) for part in self.parts])
+
+    def sources(self) -> list[str]:
+        """The parameters this is made from."""
+        return [name for part in self.parts for name in part.sources()]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A matrix in the layout of the kernels that read it."""
+
+    of: "Recipe"
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{self.layout}({self.of})"
+
+    def make(self, read: Callable[[str], Array]) -> Array:
+        """A new array."""
+        return Tiled.parse(self.layout).pack(self.of.make(read))
+
+    def sources(self) -> list[str]:
+        """The parameters this is made from."""
+        return self.of.sources()
+
+
+Recipe = Source | Transpose | Concat | Pack
+
+
+def to_json(recipe: Recipe) -> str:
+    """A recipe as JSON: ["pack", "tiled32", ["concat", [["source", "a.weight"], ...]]]."""
+    return json.dumps(_data(recipe))
+
+
+def from_json(text: str) -> Recipe:
+    """The recipe that `to_json` wrote."""
+    return _recipe(json.loads(text))
+
+
+def _data(recipe: Recipe) -> list[Any]:
+    if isinstance(recipe, Source):
+        return ["source", recipe.name]
+    if isinstance(recipe, Transpose):
+        return ["transpose", _data(recipe.of)]
+    if isinstance(recipe, Concat):
+        return ["concat", [_data(part) for part in recipe.parts]]
+    return ["pack", recipe.layout, _data(recipe.of)]
+
+
+def _recipe(data: list[Any]) -> Recipe:
+    kind, *rest = data
+    if kind == "source":
+        return Source(rest[0])
+    if kind == "transpose":
+        return Transpose(_recipe(rest[0]))
+    if kind == "concat":
+        return Concat(tuple(_recipe(part) for part in rest[0]))
+    return Pack(_recipe(rest[1]), rest[0])
+
+
+def joined_name(names: list[str]) -> str:
+    """One name for what several parameters were joined into: `layers.3.mlp.gate_proj+up_proj.weight`."""
+    if len(names) == 1:
+        return names[0]
+    split = [name.split(".") for name in names]
+    head = 0
+    while all(len(parts) > head + 1 and parts[head] == split[0][head] for parts in split):
+        head += 1
+    tail = 0
+    while all(len(parts) - tail > head + 1 and parts[-1 - tail] == split[0][-1 - tail] for parts in split):
+        tail += 1
+    middle = "+".join(".".join(parts[head : len(parts) - tail]) for parts in split)
+    return ".".join([*split[0][:head], middle, *(split[0][len(split[0]) - tail :])])
