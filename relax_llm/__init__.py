@@ -1,1 +1,50 @@
 """Compile a language model once, for every length, into kernels that you own."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from relax_llm.artifact.artifact import Artifact, load
+    from relax_llm.checkpoint import Checkpoint, open_checkpoint
+    from relax_llm.compiler.compile import compile  # noqa: A004
+    from relax_llm.errors import RelaxLLMError
+    from relax_llm.runtime.chat import Chat
+    from relax_llm.runtime.runner import Runner
+    from relax_llm.runtime.state import State
+
+# Where each public name lives. They are imported on first use: running an artifact must not load the compiler.
+_PLACES = {
+    "Artifact": "relax_llm.artifact.artifact",
+    "Chat": "relax_llm.runtime.chat",
+    "Checkpoint": "relax_llm.checkpoint",
+    "RelaxLLMError": "relax_llm.errors",
+    "Runner": "relax_llm.runtime.runner",
+    "State": "relax_llm.runtime.state",
+    "compile": "relax_llm.compiler.compile",
+    "load": "relax_llm.artifact.artifact",
+    "open_checkpoint": "relax_llm.checkpoint",
+}
+
+__all__ = [
+    "Artifact",
+    "Chat",
+    "Checkpoint",
+    "RelaxLLMError",
+    "Runner",
+    "State",
+    "compile",
+    "load",
+    "open_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PLACES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

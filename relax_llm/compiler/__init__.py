@@ -1,0 +1,1 @@
+"""From a checkpoint and an architecture to an artifact."""

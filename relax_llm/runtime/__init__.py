@@ -1,0 +1,1 @@
+"""Running artifacts. Nothing here loads a compiler, PyTorch or transformers."""

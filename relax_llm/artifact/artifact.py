@@ -1,0 +1,169 @@
+"""An artifact: a directory with all that is needed to run a compiled model."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from relax_llm import cpu
+from relax_llm.artifact import weights
+from relax_llm.artifact.manifest import File, Manifest
+from relax_llm.errors import ArtifactError
+from relax_llm.text.tokenizer import Tokenizer
+
+MANIFEST = "manifest.json"
+LIBRARY = "lib.so"
+WEIGHTS = "weights.safetensors"
+TOKENIZER = "tokenizer.json"
+
+_SAMPLED = 64 * 2**20
+_SAMPLE = 4096
+_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled model on disk.
+
+    Attributes:
+        path: The directory.
+        manifest: What it says of itself.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def library(self) -> Path:
+        """The compiled kernels and functions."""
+        return self.path / LIBRARY
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, if the checkpoint had one."""
+        return Tokenizer.load(self.path) if TOKENIZER in self.manifest.files else None
+
+    def weights(self) -> list[npt.NDArray[Any]]:
+        """The packed weights, memory-mapped, in the order of the functions' argument."""
+        return weights.read(self.path / WEIGHTS, self.manifest.weights)
+
+    def save(self, directory: str | os.PathLike[str]) -> "Artifact":
+        """Copy the artifact to a directory of yours.
+
+        Args:
+            directory: A new or empty directory, or one that holds an artifact, which is replaced.
+
+        Raises:
+            ArtifactError: The directory holds something else, or cannot be written.
+        """
+        target = Path(directory)
+        if target.resolve() == self.path.resolve():
+            return self
+        with replacing(target) as temporary:
+            for name in [MANIFEST, *self.manifest.files]:
+                shutil.copyfile(self.path / name, temporary / name)
+        return Artifact(target, self.manifest)
+
+
+def load(directory: str | os.PathLike[str]) -> Artifact:
+    """Open an artifact and check that it is whole and made for this machine.
+
+    Raises:
+        ArtifactError: A file is missing or changed, or another TVM or processor is needed.
+    """
+    path = Path(directory)
+    manifest_path = path / MANIFEST
+    if not manifest_path.is_file():
+        hint = "the directory does not exist" if not path.exists() else f"it has no {MANIFEST}"
+        raise ArtifactError(f"{path} is not an artifact: {hint}. Make one with `relax-llm compile CHECKPOINT -o DIR`.")
+    manifest = Manifest.from_json(manifest_path.read_text(encoding="utf-8"), str(manifest_path))
+    _check_machine(path, manifest)
+    for name, expected in manifest.files.items():
+        file = path / name
+        if Path(name).name != name:
+            raise ArtifactError(f"{manifest_path}: the file name {name!r} points outside the artifact.")
+        if not file.is_file():
+            raise ArtifactError(f"{file} is missing; the artifact is incomplete, compile it again.")
+        if describe(file) != expected:
+            raise ArtifactError(f"{file} has changed since the artifact was made; compile it again.")
+    return Artifact(path, manifest)
+
+
+def versions() -> dict[str, str]:
+    """The versions that an artifact depends on."""
+    return {name: metadata.version(name) for name in ("relax-llm", "apache-tvm", "apache-tvm-ffi")}
+
+
+def _check_machine(path: Path, manifest: Manifest) -> None:
+    for name in ("apache-tvm", "apache-tvm-ffi"):
+        made, here = manifest.versions.get(name), metadata.version(name)
+        if made != here:
+            raise ArtifactError(f"{path} was compiled with {name} {made}, but {here} is installed; compile it again.")
+    missing = sorted(set(manifest.features) - cpu.features()) if cpu.features() else []
+    family = "x86_64" if manifest.target.startswith("x86-64") else manifest.target
+    if family != cpu.architecture():
+        raise ArtifactError(f"{path} was compiled for {manifest.target}, but this processor is {cpu.architecture()}.")
+    if missing:
+        raise ArtifactError(
+            f"{path} was compiled for {manifest.target}; this processor lacks {', '.join(missing)}. "
+            "Compile it again here, or with a lower --target."
+        )
+
+
+def describe(file: Path) -> File:
+    """Size and digest of a file; of files over 64 MiB the digest covers 256 samples and both ends."""
+    size = file.stat().st_size
+    digest = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as stream:
+        if size <= _SAMPLED:
+            digest.update(stream.read())
+        else:
+            for i in range(_SAMPLES):
+                stream.seek(i * (size - _SAMPLE) // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE))
+    return File(size, digest.hexdigest())
+
+
+def finish(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest of a directory that holds all other files."""
+    files = {file.name: describe(file) for file in sorted(directory.iterdir()) if file.name != MANIFEST}
+    (directory / MANIFEST).write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A temporary directory beside `target` that takes its place at the end, or vanishes when something fails.
+
+    Raises:
+        ArtifactError: `target` holds something that is not an artifact, or the disk refuses.
+    """
+    if target.exists() and not target.is_dir():
+        raise ArtifactError(f"{target} is a file; an artifact is a directory.")
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+        raise ArtifactError(f"{target} holds something that is not an artifact; choose another or an empty directory.")
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        yield temporary
+        old = None
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            target.rename(old / "artifact")
+        temporary.rename(target)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise ArtifactError(f"{target} cannot be written: {error.strerror or error}.") from error
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,171 @@
+"""What an artifact says of itself: manifest.json, as data."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from relax_llm.errors import ArtifactError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One tensor or size that a launch takes.
+
+    Attributes:
+        role: "activation", "weight", "cache", "size" or "output".
+        name: The weight's or cache's name; empty for activations.
+        shape: Sizes as text, numbers or formulas in the symbolic sizes.
+        dtype: NumPy's name of the element type.
+    """
+
+    role: str
+    name: str
+    shape: tuple[str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of a kernel, in the place it has in a function.
+
+    Attributes:
+        site: The place in the model: "layers.3.mlp.down_proj".
+        kernel: The symbol in the library.
+        arguments: What it is called with, outputs last.
+    """
+
+    site: str
+    kernel: str
+    arguments: tuple[Argument, ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One function of the library.
+
+    Attributes:
+        operator: What kind of work it does: "matmul", "attention", ..., or "fused" for what no kernel of its own serves.
+        problem: The fields of the problem it solves.
+        flops: Arithmetic of one launch, a formula in the symbolic sizes.
+        bytes: Memory it must move at least, likewise.
+    """
+
+    operator: str
+    problem: Mapping[str, Any]
+    flops: str
+    bytes: str
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Shapes of one attention site's KV cache: [batch, kv_heads, tiles, ...]."""
+
+    site: str
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One packed tensor of weights.safetensors, and what it was made from."""
+
+    name: str
+    recipe: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the artifact: its size in bytes, and a digest (of samples, for large files)."""
+
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about an artifact but its code and its weights.
+
+    Attributes:
+        versions: Of this package, apache-tvm and apache-tvm-ffi, at the time of compiling.
+        target: Name of the machine compiled for.
+        features: Instruction set extensions the code may use.
+        architecture: Name of the model class.
+        config: The checkpoint's config.json.
+        generation_config: The checkpoint's generation_config.json.
+        weight_format: How matrices are stored.
+        vocab_size: Width of the logits.
+        hidden_size: Width of the hidden states.
+        context_length: The longest sequence.
+        caches: The KV caches, in the order of the functions' argument.
+        weights: The weights, likewise.
+        kernels: Every kernel by symbol.
+        functions: The launches of each function, in program order.
+        files: The other files of the directory.
+        notes: What the user should know, one sentence each.
+    """
+
+    versions: Mapping[str, str]
+    target: str
+    features: tuple[str, ...]
+    architecture: str
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    weight_format: str
+    vocab_size: int
+    hidden_size: int
+    context_length: int
+    caches: tuple[Cache, ...]
+    weights: tuple[Weight, ...]
+    kernels: Mapping[str, Kernel]
+    functions: Mapping[str, tuple[Launch, ...]]
+    files: Mapping[str, File] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+
+    @staticmethod
+    def from_json(text: str, origin: str) -> "Manifest":
+        """Parse manifest.json.
+
+        Args:
+            text: Its contents.
+            origin: Its path, for messages.
+
+        Raises:
+            ArtifactError: It is not JSON, of another format, or lacks a field.
+        """
+        try:
+            data = json.loads(text)
+            found = data.pop("format")
+            if found != FORMAT:
+                raise ArtifactError(
+                    f"{origin}: the artifact has format {found!r}, but this version reads format {FORMAT}; compile it again."
+                )
+            return Manifest(
+                **{
+                    **data,
+                    "features": tuple(data["features"]),
+                    "caches": tuple(Cache(**cache) for cache in data["caches"]),
+                    "weights": tuple(Weight(**{**w, "shape": tuple(w["shape"])}) for w in data["weights"]),
+                    "kernels": {name: Kernel(**kernel) for name, kernel in data["kernels"].items()},
+                    "functions": {name: tuple(map(_launch, calls)) for name, calls in data["functions"].items()},
+                    "files": {name: File(**file) for name, file in data["files"].items()},
+                    "notes": tuple(data["notes"]),
+                }
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ArtifactError(
+                f"{origin}: this is not an artifact's manifest ({type(error).__name__}: {error}); compile it again."
+            ) from error
+
+
+def _launch(data: dict[str, Any]) -> Launch:
+    arguments = tuple(Argument(**{**entry, "shape": tuple(entry["shape"])}) for entry in data["arguments"])
+    return Launch(data["site"], data["kernel"], arguments)

@@ -1,0 +1,171 @@
+"""`compile`: from a checkpoint to an artifact, by way of a cache. Imports TVM only when there is work to do."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relax_llm import cpu
+from relax_llm.artifact.artifact import Artifact, load, replacing, versions
+from relax_llm.checkpoint import Checkpoint, open_checkpoint
+from relax_llm.errors import ArchitectureError, ArtifactError, CompileError
+from relax_llm.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from relax_llm.layers import Decoder
+
+WEIGHT_FORMATS = ("f32",)
+
+
+def compile(  # noqa: A001
+    checkpoint: str | os.PathLike[str] | Checkpoint,
+    *,
+    weights: str = "f32",
+    architecture: "type[Decoder] | str | os.PathLike[str] | None" = None,
+    target: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compile a checkpoint into an artifact.
+
+    Args:
+        checkpoint: A Hugging Face directory, a GGUF file, a hub id, or what `open_checkpoint` gave.
+        weights: How matrices are stored: "f32".
+        architecture: A subclass of `relax_llm.layers.Decoder`, or a Python file with one; by default the built-in one
+            for the checkpoint's model_type.
+        target: The processor to compile for: an x86-64 level such as "x86-64-v3"; by default this machine's.
+        output: Where to put the artifact; by default the cache, whence `Artifact.save` copies it.
+        cache: Whether an equal compilation made earlier may be used.
+        progress: Where to report to.
+
+    Returns:
+        The artifact, ready for `Runner`.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read or does not fit the architecture.
+        ArchitectureError: No architecture fits.
+        CompileError: An option is not known, or code generation failed.
+        ArtifactError: The output or the cache cannot be written.
+    """
+    if weights not in WEIGHT_FORMATS:
+        raise CompileError(f"The weight format {weights!r} is not known; known: {', '.join(WEIGHT_FORMATS)}.")
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    if output is None and not cache:
+        raise CompileError("Without the cache an output directory is needed: pass output=DIR.")
+    place = _cache_directory() / "artifacts" / _key(opened, weights, architecture, target)
+
+    def make(directory: Path) -> Artifact:
+        with replacing(directory) as temporary:
+            _build(opened, architecture, target, temporary, progress or Silent())
+        return load(directory)
+
+    if output is not None:
+        found = _cached(place) if cache else None
+        return found.save(output) if found else make(Path(output))
+    with _locked(place):
+        return _cached(place) or make(place)
+
+
+def _build(
+    checkpoint: Checkpoint, architecture: Any, target: str | None, directory: Path, progress: Progress
+) -> None:
+    with progress.task("Loading the compiler", 1):
+        from relax_llm.compiler.architectures import find
+        from relax_llm.compiler.build import build
+        from relax_llm.kernels.machine import machine
+
+    build(
+        checkpoint,
+        find(checkpoint.config, architecture),
+        machine(target),
+        directory,
+        progress,
+        lambda text: warnings.warn(text, RuntimeWarning, stacklevel=6),
+    )
+
+
+def _cached(place: Path) -> Artifact | None:
+    try:
+        return load(place) if place.is_dir() else None
+    except ArtifactError:
+        shutil.rmtree(place, ignore_errors=True)
+        return None
+
+
+def _key(checkpoint: Checkpoint, weights: str, architecture: Any, target: str | None) -> str:
+    """Everything that the artifact depends on, as a name."""
+    parts = {
+        "checkpoint": checkpoint.fingerprint,
+        "config": checkpoint.config,
+        "weights": weights,
+        "architecture": _source_of(architecture),
+        "target": target or [cpu.architecture(), sorted(cpu.features())],
+        "versions": versions(),
+        "package": _package_digest(),
+    }
+    digest = hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16)
+    return f"{checkpoint.path.stem[:40]}-{weights}-{digest.hexdigest()}"
+
+
+def _source_of(architecture: Any) -> str:
+    if architecture is None:
+        return ""
+    if isinstance(architecture, type):
+        module = sys.modules.get(architecture.__module__)
+        file = getattr(module, "__file__", None)
+        source = Path(file).read_text(encoding="utf-8") if file and Path(file).is_file() else ""
+        return f"{architecture.__qualname__}\n{source}"
+    path = Path(architecture)
+    if path.suffix != ".py":
+        return str(architecture)
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ArchitectureError(f"The architecture file {path} cannot be read: {error.strerror}.") from error
+
+
+def _package_digest() -> str:
+    """A digest of this package's own sources, so that a changed kernel or pass is not served from the cache."""
+    import relax_llm
+    import relax_llm.models
+
+    digest = hashlib.blake2b(digest_size=16)
+    for root in (*relax_llm.__path__, *relax_llm.models.__path__):
+        for file in sorted(Path(root).rglob("*.py")):
+            digest.update(str(file.relative_to(root)).encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "relax_llm"
+
+
+@contextmanager
+def _locked(place: Path) -> Iterator[None]:
+    """Hold a lock, so that of two processes that want the same artifact one makes it and the other waits."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with place.with_suffix(".lock").open("w") as file:
+            _flock()(file.fileno())
+            yield
+    except OSError as error:
+        raise ArtifactError(
+            f"The cache {place.parent} cannot be used ({error.strerror or error}); set XDG_CACHE_HOME or pass an output."
+        ) from error
+
+
+def _flock() -> Callable[[int], None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows: the rename at the end is atomic, so two processes only waste work
+        return lambda _: None
+    return lambda descriptor: fcntl.flock(descriptor, fcntl.LOCK_EX)

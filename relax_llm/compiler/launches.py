@@ -1,0 +1,86 @@
+"""Reading a module's launches: which kernel runs where, on what, at what cost."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tvm import IRModule, ir, relax
+from tvm.tirx import PrimFunc
+
+from relax_llm.artifact.manifest import Argument, Kernel, Launch
+from relax_llm.compiler.bindings import Line, is_op, lines
+from relax_llm.compiler.passes.lift_weights import weight_recipes
+from relax_llm.compiler.recipes import Recipe, joined_name
+from relax_llm.kernels.problem import problem_of
+from relax_llm.layers.decoder import site_of
+
+
+def functions(mod: IRModule) -> dict[str, tuple[Launch, ...]]:
+    """The launches of every function of a module after `LiftWeights`, in program order."""
+    recipes = weight_recipes(mod)
+    return {line.name: tuple(_launches(line, recipes)) for line in lines(mod)}
+
+
+def kernels(mod: IRModule, calls: Mapping[str, tuple[Launch, ...]]) -> dict[str, Kernel]:
+    """Every kernel that the functions launch, by symbol."""
+    examples = {launch.kernel: launch for launches in calls.values() for launch in launches}
+    found = {}
+    for var, func in mod.functions_items():
+        if isinstance(func, PrimFunc) and var.name_hint in examples:
+            problem = problem_of(func)
+            if problem is None:
+                found[var.name_hint] = _unnamed(examples[var.name_hint])
+            else:
+                fields = json.loads(problem.to_json())
+                operator = fields.pop("operator")
+                found[var.name_hint] = Kernel(operator, fields, problem.flops, problem.bytes)
+    return found
+
+
+def _unnamed(launch: Launch) -> Kernel:
+    """A kernel without a problem: one operation for each element of the output, every argument moved once."""
+    sizes = ["*".join(argument.shape) or "1" for argument in launch.arguments if argument.role != "size"]
+    return Kernel("fused", {}, sizes[-1], " + ".join(f"4*{size}" for size in sizes))
+
+
+def _launches(line: Line, recipes: list[Recipe]) -> list[Launch]:
+    caches, weights = line.params[2:4]
+    roles: dict[relax.Var, tuple[str, str]] = {}
+    found = []
+    for _, var, expr in line:
+        if isinstance(expr, relax.TupleGetItem):
+            if expr.tuple_value.same_as(weights):
+                roles[var] = ("weight", joined_name(recipes[expr.index].sources()))
+            elif expr.tuple_value.same_as(caches):
+                roles[var] = ("cache", var.name)
+        elif is_op(expr, "relax.call_tir") or is_op(expr, "relax.call_tir_inplace"):
+            found.append(_launch(expr, roles))
+    return found
+
+
+def _launch(call: relax.Call, roles: Mapping[relax.Var, tuple[str, str]]) -> Launch:
+    arguments = []
+    for operand in call.args[1]:
+        if isinstance(operand.ty, relax.TensorType):
+            role, name = roles.get(operand, ("activation", ""))
+            arguments.append(_tensor(role, name, operand.ty))
+        else:
+            arguments.append(Argument("size", str(operand), (), "int64"))
+    outputs = call.ty.fields if isinstance(call.ty, relax.TupleType) else [call.ty]
+    if is_op(call, "relax.call_tir_inplace"):
+        outputs = [out for out, index in zip(outputs, call.attrs.inplace_indices, strict=True) if int(index) < 0]
+    arguments += [_tensor("output", "", out) for out in outputs]
+    kernel: ir.GlobalVar = call.args[0]
+    return Launch(_site(arguments, kernel.name_hint), kernel.name_hint, tuple(arguments))
+
+
+def _site(arguments: list[Argument], kernel: str) -> str:
+    """The place in the model that a launch's weight or cache names; kernels without either are places of their own."""
+    named = [argument for argument in arguments if argument.name and argument.role in ("weight", "cache")]
+    if not named:
+        return kernel
+    return site_of(named[0].name.rpartition(".")[0])
+
+
+def _tensor(role: str, name: str, type_: Any) -> Argument:
+    return Argument(role, name, tuple(str(size) for size in type_.shape), str(type_.dtype))

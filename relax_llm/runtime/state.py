@@ -1,0 +1,130 @@
+"""A conversation's KV cache: plain tensors that grow on demand."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from relax_llm.artifact.manifest import Cache
+from relax_llm.artifact.weights import aligned
+from relax_llm.errors import ContextLengthError, InputError
+from relax_llm.runtime import vm
+
+Array = npt.NDArray[Any]
+
+TILE = 16
+"""Positions in a tile of the cache; the compiler's `relax_llm.kernels.cache` says the same."""
+
+GRANULE = 64
+
+
+class State:
+    """The tokens of `batch` sequences of equal length, and their keys and values in every layer.
+
+    Attributes:
+        batch: Number of sequences.
+        context_length: The most tokens it can hold.
+    """
+
+    def __init__(self, caches: Sequence[Cache], batch: int, context_length: int) -> None:
+        """Make an empty state; memory is taken when tokens come."""
+        self.batch = batch
+        self.context_length = context_length
+        self._layers = tuple(caches)
+        self._arrays: list[Array] = []
+        self._argument: Any = None
+        self._capacity = 0
+        self._ids = np.empty((batch, 0), np.int32)
+        self._length = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._length
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that memory has been taken for."""
+        return self._capacity
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens in the cache, for batch 1."""
+        if self.batch != 1:
+            raise InputError(f"This state has {self.batch} sequences; `token_ids` has the tokens of all of them.")
+        return self._ids[0, : self._length].tolist()
+
+    @property
+    def token_ids(self) -> npt.NDArray[np.int32]:
+        """The tokens in the cache: [batch, length]."""
+        return self._ids[:, : self._length].copy()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the cache in bytes."""
+        return sum(array.nbytes for array in self._arrays)
+
+    def truncate(self, length: int) -> None:
+        """Cut the cache back to its first `length` tokens.
+
+        Raises:
+            InputError: There are not that many.
+        """
+        if not 0 <= length <= self._length:
+            raise InputError(f"A state of {self._length} tokens cannot be cut back to {length}.")
+        self._length = length
+
+    def fork(self) -> "State":
+        """A copy that goes its own way; the original stays as it is."""
+        copy = State(self._layers, self.batch, self.context_length)
+        copy._grow(self._capacity)
+        for source, target in zip(self._arrays, copy._arrays, strict=True):
+            used = -(-self._length // TILE)
+            target[:, :, :used] = source[:, :, :used]
+        copy._ids = self._ids.copy()
+        copy._length = self._length
+        return copy
+
+    def reserve(self, count: int) -> Any:
+        """Make room for `count` more tokens.
+
+        Returns:
+            The caches as an argument of the compiled functions.
+
+        Raises:
+            ContextLengthError: They do not fit the model's context.
+        """
+        needed = self._length + count
+        if needed > self.context_length:
+            raise ContextLengthError(
+                f"{self._length} tokens are in the cache and {count} more would exceed the model's context of "
+                f"{self.context_length} tokens; shorten the prompt, or cut the state back with truncate."
+            )
+        if needed > self._capacity:
+            limit = -(-self.context_length // GRANULE) * GRANULE
+            self._grow(min(max(-(-needed // GRANULE) * GRANULE, 2 * self._capacity), limit))
+        return self._argument
+
+    def append(self, ids: npt.NDArray[np.int32]) -> None:
+        """Record tokens whose keys and values are now in the cache: [batch, count]."""
+        end = self._length + ids.shape[1]
+        if end > self._ids.shape[1]:
+            grown = np.empty((self.batch, max(end, self._capacity)), np.int32)
+            grown[:, : self._length] = self._ids[:, : self._length]
+            self._ids = grown
+        self._ids[:, self._length : end] = ids
+        self._length = end
+
+    def _grow(self, capacity: int) -> None:
+        tiles, used = capacity // TILE, -(-self._length // TILE)
+        arrays: list[Array] = []
+        for layer in self._layers:
+            outer = (self.batch, layer.kv_heads, tiles)
+            for inner in ((layer.head_dim, TILE), (TILE, layer.head_dim)):
+                grown = aligned((*outer, *inner))
+                if self._arrays:
+                    grown[:, :, :used] = self._arrays[len(arrays)][:, :, :used]
+                arrays.append(grown)
+        self._arrays, self._capacity = arrays, capacity
+        self._argument = vm.pack([vm.tensor(array) for array in arrays])
