@@ -23,6 +23,9 @@ from relax_llm.layers import Decoder, Fields
 from relax_llm.layers.decoder import attention_layers
 from relax_llm.progress import Progress
 
+CODE_GENERATION = {"tirx.disable_storage_rewrite": True}
+"""TVM's options: its storage rewriting forgets which buffers belong on the stack (see `kernels.builder.local`)."""
+
 
 def build(
     checkpoint: Checkpoint,
@@ -96,7 +99,8 @@ def build(
 
 def _library(mod: tvm.IRModule, machine: Machine, path: Path) -> None:
     try:
-        executable = relax.build(mod, machine.target, relax_pipeline=tvm.transform.Sequential([]))
+        with tvm.transform.PassContext(config=CODE_GENERATION):
+            executable = relax.build(mod, machine.target, relax_pipeline=tvm.transform.Sequential([]))
         executable.export_library(str(path))
     except (RuntimeError, ValueError) as error:
         raise CompileError(f"Generating code for {machine.name} failed: {error}") from error

@@ -57,15 +57,16 @@ def view(buffer: Expr, shape: Sequence[Expr], dtype: str = "float32") -> Expr:
 
 
 def local(shape: Sequence[int], dtype: str = "float32") -> Expr:
-    """Memory of one task. TVM keeps up to 1 KiB on the stack and takes more from a pool, at some tens of ns."""
-    return T.alloc_buffer(tuple(shape), dtype, scope="local")
+    """Memory of one task, on its stack; LLVM turns what has constant indices into registers.
+
+    Without the annotation TVM takes it from a pool of heap memory, at some tens of nanoseconds each, which LLVM
+    cannot promote.
+    """
+    return T.alloc_buffer(tuple(shape), dtype, scope="local", annotations={"disable_lower_builtin": True})
 
 
 class Registers:
-    """A tile of f32 vectors that live in registers, `rows` by the given vectors, each a variable of its own.
-
-    One array for all would exceed what TVM puts on the stack, and LLVM promotes no heap memory to registers.
-    """
+    """A tile of f32 vectors that live in registers, `rows` by the given vectors, each a variable of its own."""
 
     def __init__(self, rows: int, vectors: Sequence[tuple[int, int]]) -> None:
         self.rows = rows
@@ -96,7 +97,7 @@ def let(name: str, value: Expr) -> Expr:
     index arithmetic of one tile would be compiled hundreds of times.
     """
     if value.ty.dtype == "int64":
-        cell = T.alloc_buffer((1,), "int64", scope="local")
+        cell = local((1,), "int64")
         IRBuilder.name(name, cell)
         T.buffer_store(cell, value, [0])
         return cell[0]
