@@ -13,15 +13,16 @@ class LlamaAttention(nn.Module):  # type: ignore[misc]
     def __init__(self, config: layers.Fields) -> None:
         """Declare the projections."""
         hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-        kv_heads = config.integer("num_key_value_heads", heads)
+        mistral = config.text("model_type", "") == "mistral"  # its config leaves out fields at defaults of its own
+        kv_heads = config.integer("num_key_value_heads", 8 if mistral else heads)
         head_dim = config.integer("head_dim", hidden // heads)
-        bias = config.flag("attention_bias", False)
+        bias = not mistral and config.flag("attention_bias", False)
         self.q_proj = layers.Linear(hidden, heads * head_dim, bias=bias)
         self.k_proj = layers.Linear(hidden, kv_heads * head_dim, bias=bias)
         self.v_proj = layers.Linear(hidden, kv_heads * head_dim, bias=bias)
         self.o_proj = layers.Linear(heads * head_dim, hidden, bias=bias)
-        window = config.integer("sliding_window", None) if config.text("model_type", "") == "mistral" else None
-        rope = layers.Rope.from_config(config, head_dim)
+        rope = layers.Rope.from_config(config, head_dim, context_length=131072 if mistral else 2048)
+        window = config.optional_integer("sliding_window", 4096) if mistral else None
         self.attention = layers.Attention(heads, kv_heads, head_dim, rope=rope, window=window)
 
     def forward(self, x: nn.Tensor, step: layers.Step) -> nn.Tensor:

@@ -73,7 +73,7 @@ def build(
             return by_name[weight.name].make(read)
 
         write(file, weights, make)
-    _save_tokenizer(checkpoint, directory, note)
+    notes = [*checkpoint.notes, *_save_tokenizer(checkpoint, directory), *warnings]
     hidden = mod["hidden"].ret_ty.shape[-1]
     finish(
         directory,
@@ -92,7 +92,7 @@ def build(
             weights=tuple(weights),
             kernels=kernels,
             functions=calls,
-            notes=(*checkpoint.notes, *warnings),
+            notes=tuple(notes),
         ),
     )
 
@@ -124,8 +124,10 @@ def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**fallback, **checkpoint.generation_config}
 
 
-def _save_tokenizer(checkpoint: Checkpoint, directory: Path, note: Callable[[str], None]) -> None:
+def _save_tokenizer(checkpoint: Checkpoint, directory: Path) -> list[str]:
+    """Write the tokenizer's files; a model without one is still good for token ids, which is worth a note."""
     try:
         checkpoint.load_tokenizer().save(directory)
     except TokenizerError as error:
-        note(f"The artifact has no tokenizer and takes token ids only: {error}")
+        return [f"The artifact has no tokenizer and takes token ids only: {error}"]
+    return []

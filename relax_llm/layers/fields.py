@@ -13,7 +13,7 @@ _MISSING: Any = object()
 class Fields:
     """A view of config.json for architectures.
 
-    A field that is null counts as absent, as in Hugging Face's own configs.
+    A field that is null counts as absent, as in most of Hugging Face's own configs.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -38,6 +38,10 @@ class Fields:
         if value is not default and value <= 0:
             raise ArchitectureError(f"config.json: field {name!r} must be positive, but is {value}.")
         return value
+
+    def optional_integer(self, name: str, default: int) -> int | None:
+        """A positive whole number; None where the field says null, and the default where it is left out."""
+        return self.integer(name) if self.get(name) is not None else None if name in self._config else default
 
     @overload
     def number(self, name: str) -> float: ...

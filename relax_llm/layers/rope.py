@@ -26,20 +26,23 @@ class Rope:
     context_length: int
 
     @staticmethod
-    def from_config(config: Fields, head_dim: int, *, theta: float = 10000.0) -> "Rope":
+    def from_config(
+        config: Fields, head_dim: int, *, theta: float = 10000.0, context_length: int = 2048
+    ) -> "Rope":
         """Read `rope_parameters` (or `rope_scaling` and `rope_theta`) and `max_position_embeddings`.
 
         Args:
             config: The config of the model.
             head_dim: Channels that are rotated; must be even.
             theta: Base of the frequencies where the config has none.
+            context_length: The model's context where the config has none.
 
         Raises:
             ArchitectureError: The scaling is not known, or one of its parameters is missing.
         """
         if head_dim % 2:
             raise ArchitectureError(f"config.json: head_dim is {head_dim}, but rotary embeddings need an even one.")
-        context = config.integer("max_position_embeddings", 2048)
+        context = config.integer("max_position_embeddings", context_length)
         scaling = config.section("rope_parameters") or config.section("rope_scaling") or Fields({})
         theta = scaling.number("rope_theta", config.number("rope_theta", theta))
         if scaling.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0)) != 1.0:
@@ -54,7 +57,7 @@ class Rope:
             factor = scaling.number("factor")
             return _rope(plain, math.ceil(context * factor), dynamic=(theta, factor, context))
         if kind == "llama3":
-            return _rope(_llama3(plain, scaling), context)
+            return _rope(_llama3(plain, scaling, context), context)
         if kind == "yarn":
             return _yarn(plain, theta, scaling, context)
         raise ArchitectureError(
@@ -69,11 +72,11 @@ def _rope(
     return Rope(RopeTable(values, magnitude, dynamic), context)
 
 
-def _llama3(plain: Frequencies, scaling: Fields) -> Frequencies:
+def _llama3(plain: Frequencies, scaling: Fields, context: int) -> Frequencies:
     """Llama 3.1: long wavelengths are interpolated, short ones kept, those between blended."""
     factor = scaling.number("factor")
     low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
-    original = scaling.integer("original_max_position_embeddings")
+    original = scaling.integer("original_max_position_embeddings", context)
     turns = original * plain / (2 * math.pi)
     blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return plain * (blend + (1.0 - blend) / factor)
