@@ -108,17 +108,22 @@ def let(name: str, value: Expr) -> Expr:
 
 def splat(value: Expr | float, lanes: int = LANES) -> Expr:
     """A vector of one f32 value."""
-    return T.broadcast(T.float32(value) if isinstance(value, int | float) else value, lanes)
+    scalar = T.float32(value) if isinstance(value, int | float) else value
+    return scalar if lanes == 1 else T.broadcast(scalar, lanes)
 
 
 def load(buffer: Expr, *indices: Expr, lanes: int = LANES) -> Expr:
     """`lanes` neighbours along the last axis, beginning at `indices`."""
-    return buffer[(*indices[:-1], T.ramp(indices[-1], 1, lanes))]
+    return buffer[(*indices[:-1], _neighbours(indices[-1], lanes))]
 
 
 def store(buffer: Expr, value: Expr, *indices: Expr, lanes: int = LANES) -> None:
     """Write `lanes` neighbours along the last axis, beginning at `indices`."""
-    T.buffer_store(buffer, value, [*indices[:-1], T.ramp(indices[-1], 1, lanes)])
+    T.buffer_store(buffer, value, [*indices[:-1], _neighbours(indices[-1], lanes)])
+
+
+def _neighbours(start: Expr, lanes: int) -> Expr:
+    return start if lanes == 1 else T.ramp(start, 1, lanes)
 
 
 def put(buffer: Expr, value: Expr, *indices: Expr) -> None:

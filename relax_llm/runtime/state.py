@@ -78,7 +78,8 @@ class State:
     def fork(self) -> "State":
         """A copy that goes its own way; the original stays as it is."""
         copy = State(self._layers, self.batch, self.context_length)
-        copy._grow(self._capacity)
+        if self._capacity:
+            copy._grow(self._capacity)
         for source, target in zip(self._arrays, copy._arrays, strict=True):
             used = -(-self._length // TILE)
             target[:, :, :used] = source[:, :, :used]
