@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from tvm.tirx import PrimFunc
 
 ATTRIBUTE = "relax_llm.problem"
+_SHORT = {"heads": "h", "kv_heads": "kv", "head_dim": "d"}
 _OPERATORS: dict[str, type["Problem"]] = {}
 
 
@@ -28,19 +29,24 @@ class Problem:
 
     @property
     def name(self) -> str:
-        """A symbol for this problem: the operator and every field that is not at its default."""
+        """A symbol for this problem: the operator and every field that is not at its default.
+
+        Numbers keep nine digits, as many as tell f32 values apart; a list is named by a digest.
+        """
         parts = [self.operator]
         for field in fields(self):
             value = getattr(self, field.name)
             if value == field.default or value is None:
                 continue
-            if isinstance(value, tuple | float):
-                digest = hashlib.blake2b(repr(value).encode(), digest_size=4).hexdigest()
-                parts.append(digest)
-            elif value is True:
-                parts.append(field.name)
+            if isinstance(value, bool):
+                parts.append(field.name if value else f"no_{field.name}")
+            elif isinstance(value, int | float):
+                number = f"{value:.9g}".replace(".", "p").replace("-", "m").replace("+", "")
+                parts.append(f"{_SHORT.get(field.name, field.name)}{number}")
+            elif isinstance(value, str):
+                parts.append(value)
             else:
-                parts.append(f"{field.name}{value}" if isinstance(value, int) else str(value))
+                parts.append(hashlib.blake2b(repr(value).encode(), digest_size=4).hexdigest())
         return "_".join(parts)
 
     @property

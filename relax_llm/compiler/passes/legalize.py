@@ -24,7 +24,7 @@ class Legalize:
 
     After::
 
-        y = R.call_tir(norm_hidden576_eps1e-05, (x, w))
+        y = R.call_tir(norm_hidden576_eps1em05, (x, w))
 
     Attributes:
         machine: What the kernels are generated for.
