@@ -59,7 +59,7 @@ def compile(  # noqa: A001
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     if output is None and not cache:
         raise CompileError("Without the cache an output directory is needed: pass output=DIR.")
-    place = _cache_directory() / "artifacts" / _key(opened, weights, architecture, target)
+    place = cache_directory() / "artifacts" / _key(opened, weights, architecture, target)
 
     def make(directory: Path) -> Artifact:
         with replacing(directory) as temporary:
@@ -144,7 +144,8 @@ def _package_digest() -> str:
     return digest.hexdigest()
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
+    """Where compiled artifacts are kept when no output is named: under XDG_CACHE_HOME, or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "relax_llm"
 

@@ -1,6 +1,7 @@
 """Reading a module's launches: which kernel runs where, on what, at what cost."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,4 +84,9 @@ def _site(arguments: list[Argument], kernel: str) -> str:
 
 
 def _tensor(role: str, name: str, type_: Any) -> Argument:
-    return Argument(role, name, tuple(str(size) for size in type_.shape), str(type_.dtype))
+    return Argument(role, name, tuple(_size(size) for size in type_.shape), str(type_.dtype))
+
+
+def _size(size: Any) -> str:
+    """A size as plain arithmetic; TVM prints the constants in it as T.int64(3)."""
+    return re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(size))
