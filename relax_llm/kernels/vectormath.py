@@ -1,6 +1,7 @@
 """Elementary functions on f32 vectors: TIR's own become one libm call per lane.
 
-Each takes and returns an expression of any lane count; errors are relative to float64 and hold over all of f32.
+Each takes and returns an expression of any lane count. Errors are measured against float64 and hold over all of f32;
+NaN stays NaN.
 """
 
 import math
@@ -25,13 +26,14 @@ def _typed(dtype: str, lanes: int) -> str:
 
 
 def exp(x: Expr) -> Expr:
-    """e**x within 2 ULP; 0 below -87.3 (no denormals), f32's largest power above 88.3.
+    """e**x within 2 ULP for -87.33 <= x <= 88.37; outside, what it is at these ends: 1.2e-38 and 2.4e+38.
 
     Cody and Waite's reduction to |r| <= ln(2)/2, then the Cephes library's degree-5 polynomial for (e**r - 1 - r)/r**2.
     """
     lanes = _lanes(x)
     c = lambda value: _const(x, value)  # noqa: E731
-    x = T.Bind(T.max(T.min(x, c(88.3762626647949)), c(-87.3365478515625)))
+    # The constants come first: a comparison with NaN is false, and then min and max give their second operand.
+    x = T.Bind(T.max(c(-87.3365478515625), T.min(c(88.3762626647949), x)))
     n = T.Bind(T.floor(x * c(math.log2(math.e)) + c(0.5)))
     r = T.Bind(x - n * c(0.693359375) - n * c(-2.12194440e-4))
     p = c(1.9875691500e-4)
@@ -46,23 +48,26 @@ def exp(x: Expr) -> Expr:
 
 
 def sigmoid(x: Expr) -> Expr:
-    """1 / (1 + e**-x)."""
+    """1 / (1 + e**-x) within 4 ULP for x >= -87.33; 4e-39 far below."""
     return _const(x, 1.0) / (_const(x, 1.0) + exp(_const(x, 0.0) - x))
 
 
 def silu(x: Expr) -> Expr:
-    """x * sigmoid(x)."""
+    """x * sigmoid(x) within 4 ULP for x >= -87.33, and within 5e-39 * |x| below."""
     return x * sigmoid(x)
 
 
 def gelu_tanh(x: Expr) -> Expr:
-    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3))), by way of tanh(z) = 2 sigmoid(2z) - 1."""
+    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3))), by way of tanh(z) = 2 sigmoid(2z) - 1.
+
+    Within 2e-7 * max(1, |x|) absolutely.
+    """
     inner = T.Bind(_const(x, 2.0 * math.sqrt(2.0 / math.pi)) * (x + _const(x, 0.044715) * x * x * x))
     return x * sigmoid(inner)
 
 
 def erf(x: Expr) -> Expr:
-    """The error function within 2e-7 absolutely: Abramowitz and Stegun, formula 7.1.26."""
+    """The error function within 7e-7 absolutely: Abramowitz and Stegun, formula 7.1.26 (1.5e-7), in f32."""
     c = lambda value: _const(x, value)  # noqa: E731
     a = T.Bind(T.max(x, c(0.0) - x))
     t = T.Bind(c(1.0) / (c(1.0) + c(0.3275911) * a))
@@ -74,13 +79,13 @@ def erf(x: Expr) -> Expr:
 
 
 def gelu(x: Expr) -> Expr:
-    """0.5 x (1 + erf(x / sqrt(2)))."""
+    """0.5 x (1 + erf(x / sqrt(2))) within 3e-7 * max(1, |x|) absolutely."""
     return _const(x, 0.5) * x * (_const(x, 1.0) + erf(x * _const(x, math.sqrt(0.5))))
 
 
 def relu(x: Expr) -> Expr:
     """max(x, 0)."""
-    return T.max(x, _const(x, 0.0))
+    return T.max(_const(x, 0.0), x)
 
 
 ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
