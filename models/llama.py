@@ -13,7 +13,9 @@ class LlamaAttention(nn.Module):  # type: ignore[misc]
     def __init__(self, config: layers.Fields) -> None:
         """Declare the projections."""
         hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-        mistral = config.text("model_type", "") == "mistral"  # its config leaves out fields at defaults of its own
+        mistral = (
+            config.text("model_type", "") == "mistral"
+        )  # its config leaves out fields at defaults of its own
         kv_heads = config.integer("num_key_value_heads", 8 if mistral else heads)
         head_dim = config.integer("head_dim", hidden // heads)
         bias = not mistral and config.flag("attention_bias", False)
@@ -27,7 +29,9 @@ class LlamaAttention(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: nn.Tensor, step: layers.Step) -> nn.Tensor:
         """[batch, seq, hidden] -> the same."""
-        qkv = layers.concat([self.q_proj(x), self.k_proj(x), self.v_proj(x)])  # [batch, seq, (heads + 2 kv_heads) d]
+        qkv = layers.concat(
+            [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        )  # [batch, seq, (heads + 2 kv_heads) d]
         return self.o_proj(self.attention(qkv, step))
 
 

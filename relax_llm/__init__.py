@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from relax_llm.artifact.artifact import Artifact, load
     from relax_llm.checkpoint import Checkpoint, open_checkpoint
-    from relax_llm.compiler.compile import compile  # noqa: A004
+    from relax_llm.compiler.compile import compile
     from relax_llm.errors import RelaxLLMError
     from relax_llm.runtime.chat import Chat
     from relax_llm.runtime.runner import Runner

@@ -12,7 +12,13 @@ X86_LEVELS: dict[str, frozenset[str]] = {
     "x86-64-v2": frozenset({"sse2", "ssse3", "sse4_1", "sse4_2", "popcnt", "cx16"}),
 }
 X86_LEVELS["x86-64-v3"] = X86_LEVELS["x86-64-v2"] | {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
-X86_LEVELS["x86-64-v4"] = X86_LEVELS["x86-64-v3"] | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+X86_LEVELS["x86-64-v4"] = X86_LEVELS["x86-64-v3"] | {
+    "avx512f",
+    "avx512bw",
+    "avx512cd",
+    "avx512dq",
+    "avx512vl",
+}
 
 
 @lru_cache(maxsize=1)
@@ -31,7 +37,9 @@ def features() -> frozenset[str]:
         return frozenset()
     if platform.system() == "Darwin":
         names = ("machdep.cpu.features", "machdep.cpu.leaf7_features")
-        found = subprocess.run(["/usr/sbin/sysctl", "-n", *names], capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            ["/usr/sbin/sysctl", "-n", *names], capture_output=True, text=True, check=False
+        )
         return frozenset(found.stdout.lower().replace("sse4.", "sse4_").replace("avx1.0", "avx").split())
     return frozenset()
 

@@ -84,7 +84,9 @@ def load(directory: str | os.PathLike[str]) -> Artifact:
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
         hint = "the directory does not exist" if not path.exists() else f"it has no {MANIFEST}"
-        raise ArtifactError(f"{path} is not an artifact: {hint}. Make one with `relax-llm compile CHECKPOINT -o DIR`.")
+        raise ArtifactError(
+            f"{path} is not an artifact: {hint}. Make one with `relax-llm compile CHECKPOINT -o DIR`."
+        )
     manifest = Manifest.from_json(manifest_path.read_text(encoding="utf-8"), str(manifest_path))
     _check_machine(path, manifest)
     for name, expected in manifest.files.items():
@@ -107,11 +109,15 @@ def _check_machine(path: Path, manifest: Manifest) -> None:
     for name in ("apache-tvm", "apache-tvm-ffi"):
         made, here = manifest.versions.get(name), metadata.version(name)
         if made != here:
-            raise ArtifactError(f"{path} was compiled with {name} {made}, but {here} is installed; compile it again.")
+            raise ArtifactError(
+                f"{path} was compiled with {name} {made}, but {here} is installed; compile it again."
+            )
     missing = sorted(set(manifest.features) - cpu.features()) if cpu.features() else []
     family = "x86_64" if manifest.target.startswith("x86-64") else manifest.target
     if family != cpu.architecture():
-        raise ArtifactError(f"{path} was compiled for {manifest.target}, but this processor is {cpu.architecture()}.")
+        raise ArtifactError(
+            f"{path} was compiled for {manifest.target}, but this processor is {cpu.architecture()}."
+        )
     if missing:
         raise ArtifactError(
             f"{path} was compiled for {manifest.target}; this processor lacks {', '.join(missing)}. "
@@ -149,7 +155,9 @@ def replacing(target: Path) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise ArtifactError(f"{target} is a file; an artifact is a directory.")
     if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise ArtifactError(f"{target} holds something that is not an artifact; choose another or an empty directory.")
+        raise ArtifactError(
+            f"{target} holds something that is not an artifact; choose another or an empty directory."
+        )
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -155,7 +155,9 @@ class Manifest:
                     "caches": tuple(Cache(**cache) for cache in data["caches"]),
                     "weights": tuple(Weight(**{**w, "shape": tuple(w["shape"])}) for w in data["weights"]),
                     "kernels": {name: Kernel(**kernel) for name, kernel in data["kernels"].items()},
-                    "functions": {name: tuple(map(_launch, calls)) for name, calls in data["functions"].items()},
+                    "functions": {
+                        name: tuple(map(_launch, calls)) for name, calls in data["functions"].items()
+                    },
                     "files": {name: File(**file) for name, file in data["files"].items()},
                     "notes": tuple(data["notes"]),
                 }

@@ -19,7 +19,14 @@ Array = npt.NDArray[Any]
 ALIGNMENT = 64
 """Bytes; what the compiled kernels may assume of every tensor's address."""
 
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8", "int32": "I32"}
+_DTYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int8": "I8",
+    "uint8": "U8",
+    "int32": "I32",
+}
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -81,7 +88,9 @@ def read(path: Path, weights: Sequence[Weight]) -> list[Array]:
         header: Mapping[str, Any] = json.loads(mapped[8 : 8 + length])
         found = [_view(mapped, 8 + length, header[weight.name], weight) for weight in weights]
     except (OSError, ValueError, KeyError, struct.error) as error:
-        raise ArtifactError(f"{path}: the weights cannot be read ({error}); compile the artifact again.") from error
+        raise ArtifactError(
+            f"{path}: the weights cannot be read ({error}); compile the artifact again."
+        ) from error
     if hasattr(mapped, "madvise"):
         mapped.madvise(mmap.MADV_WILLNEED)
     return found
@@ -98,7 +107,11 @@ def aligned(shape: Sequence[int], dtype: str = "float32") -> Array:
 
 def _view(mapped: mmap.mmap, base: int, entry: Mapping[str, Any], weight: Weight) -> Array:
     begin, end = entry["data_offsets"]
-    if tuple(entry["shape"]) != weight.shape or entry["dtype"] != _DTYPES[weight.dtype] or end - begin != _nbytes(weight):
+    if (
+        tuple(entry["shape"]) != weight.shape
+        or entry["dtype"] != _DTYPES[weight.dtype]
+        or end - begin != _nbytes(weight)
+    ):
         raise ValueError(f"tensor {weight.name!r} differs from the manifest")
     array = np.frombuffer(mapped, np.uint8, end - begin, base + begin)
     if array.ctypes.data % ALIGNMENT:

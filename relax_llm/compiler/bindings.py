@@ -95,7 +95,9 @@ def _line(name: str, func: relax.Function) -> Line:
     for block in func.body.blocks:
         for binding in block.bindings:
             if not isinstance(binding, relax.VarBinding) or isinstance(binding.value, relax.If):
-                raise CompileError(f"Function {name!r} is not a straight line of bindings; this pass cannot read it.")
+                raise CompileError(
+                    f"Function {name!r} is not a straight line of bindings; this pass cannot read it."
+                )
             body.append((binding.var, binding.value))
     return Line(name, list(func.params), body, func.body.body, func.attrs)
 

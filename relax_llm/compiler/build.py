@@ -88,7 +88,9 @@ def build(
             vocab_size=decoder.vocab_size,
             hidden_size=int(hidden),
             context_length=decoder.context_length,
-            caches=tuple(Cache(site, a.kv_heads, a.head_dim) for site, a in attention_layers(decoder).items()),
+            caches=tuple(
+                Cache(site, a.kv_heads, a.head_dim) for site, a in attention_layers(decoder).items()
+            ),
             weights=tuple(weights),
             kernels=kernels,
             functions=calls,
@@ -120,7 +122,9 @@ def _weights(mod: tvm.IRModule, recipes: list[Recipe]) -> list[Weight]:
 
 def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's own, with the end token that older checkpoints keep in config.json."""
-    fallback = {key: checkpoint.config[key] for key in ("eos_token_id",) if checkpoint.config.get(key) is not None}
+    fallback = {
+        key: checkpoint.config[key] for key in ("eos_token_id",) if checkpoint.config.get(key) is not None
+    }
     return {**fallback, **checkpoint.generation_config}
 
 

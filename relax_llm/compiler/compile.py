@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WEIGHT_FORMATS = ("f32",)
 
 
-def compile(  # noqa: A001
+def compile(
     checkpoint: str | os.PathLike[str] | Checkpoint,
     *,
     weights: str = "f32",

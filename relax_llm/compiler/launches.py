@@ -69,7 +69,9 @@ def _launch(call: relax.Call, roles: Mapping[relax.Var, tuple[str, str]]) -> Lau
             arguments.append(Argument("size", str(operand), (), "int64"))
     outputs = call.ty.fields if isinstance(call.ty, relax.TupleType) else [call.ty]
     if is_op(call, "relax.call_tir_inplace"):
-        outputs = [out for out, index in zip(outputs, call.attrs.inplace_indices, strict=True) if int(index) < 0]
+        outputs = [
+            out for out, index in zip(outputs, call.attrs.inplace_indices, strict=True) if int(index) < 0
+        ]
     arguments += [_tensor("output", "", out) for out in outputs]
     kernel: ir.GlobalVar = call.args[0]
     return Launch(_site(arguments, kernel.name_hint), kernel.name_hint, tuple(arguments))

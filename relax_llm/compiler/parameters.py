@@ -61,7 +61,9 @@ def reader(tensors: Mapping[str, Tensor], warn: Callable[[str], None]) -> Callab
     def read(name: str) -> Array:
         stored = tensors[name].read()
         if stored.dtype.kind not in "fV" and stored.dtype.name != "bfloat16":
-            raise CheckpointError(f"{tensors[name].file}: tensor {tensors[name].name!r} holds {stored.dtype}, not floats.")
+            raise CheckpointError(
+                f"{tensors[name].file}: tensor {tensors[name].name!r} holds {stored.dtype}, not floats."
+            )
         with np.errstate(all="ignore"):
             value = stored.astype(np.float32, copy=False)
             finite = np.isfinite(value.sum(dtype=np.float64))

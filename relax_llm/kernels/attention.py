@@ -17,7 +17,9 @@ from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.problem import Problem, tag
 from relax_llm.kernels.vectormath import exp
 
-_MASKED = -1.0e30  # Finite, so that a block without a visible position leaves no NaN; a later block erases its trace.
+_MASKED = (
+    -1.0e30
+)  # Finite, so that a block without a visible position leaves no NaN; a later block erases its trace.
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,9 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
                 b.store(weight, b.splat(0.0), r, 0)
 
             end = b.let("end", past + (first + count - 1) // group + 1)
-            begin_at = T.max(past + first // group - (problem.window - 1), 0) if problem.window else T.int64(0)
+            begin_at = (
+                T.max(past + first // group - (problem.window - 1), 0) if problem.window else T.int64(0)
+            )
             begin_block = b.let("begin_block", begin_at // GRANULE)
 
             def score(n: int, block: Expr) -> None:
@@ -140,7 +144,12 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
                     b.store(scores, p, r, at)
                     total = total + p
                 b.store(weight, total, r, 0)
-                b.sweep(dim, lambda at, n: b.store(sums, b.load(sums, r, at, lanes=n) * b.splat(rescale, n), r, at, lanes=n))
+                b.sweep(
+                    dim,
+                    lambda at, n: b.store(
+                        sums, b.load(sums, r, at, lanes=n) * b.splat(rescale, n), r, at, lanes=n
+                    ),
+                )
 
             def accumulate(n: int, block: Expr, visible: Expr) -> None:
                 """sums[:n] += scores[:n] @ values of the block, as many channels at once as registers hold."""
@@ -152,7 +161,9 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
                         acc.set(r, index, b.load(sums, r, start, lanes=lanes))
                     with T.serial(visible) as j:
                         for r, index, start, lanes in acc:
-                            values = b.load(v_cache, sequence, kv_head, block * GRANULE + j, start, lanes=lanes)
+                            values = b.load(
+                                v_cache, sequence, kv_head, block * GRANULE + j, start, lanes=lanes
+                            )
                             acc.set(r, index, acc.get(r, index) + b.splat(scores[r, j], lanes) * values)
                     for r, index, start, lanes in acc:
                         b.store(sums, acc.get(r, index), r, start, lanes=lanes)
@@ -173,8 +184,12 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
                 token, head = (first + r) // group, kv_head * group + (first + r) % group
                 inverse = b.let("inverse", T.float32(1) / b.reduce_lanes(weight, (r,), lambda x, y: x + y))
 
-                def finish(at: Expr, n: int, r: Expr = r, token: Expr = token, head: Expr = head, by: Expr = inverse) -> None:
-                    b.store(out, b.load(sums, r, at, lanes=n) * b.splat(by, n), sequence, token, head, at, lanes=n)
+                def finish(
+                    at: Expr, n: int, r: Expr = r, token: Expr = token, head: Expr = head, by: Expr = inverse
+                ) -> None:
+                    b.store(
+                        out, b.load(sums, r, at, lanes=n) * b.splat(by, n), sequence, token, head, at, lanes=n
+                    )
 
                 b.sweep(dim, finish)
 

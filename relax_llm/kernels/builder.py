@@ -29,7 +29,9 @@ def prim_func(name: str, emit: Callable[[], None]) -> PrimFunc:
     """
     with IRBuilder() as ib, T.prim_func(s_tir=True):
         T.func_name(name)
-        T.func_attr({"global_symbol": name, "tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": _OPAQUE})
+        T.func_attr(
+            {"global_symbol": name, "tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": _OPAQUE}
+        )
         emit()
     return ib.get()
 
@@ -147,7 +149,9 @@ def either(condition: Expr, then: Callable[[], None], otherwise: Callable[[], No
             otherwise()
 
 
-def tasks(count: Expr, emit: Callable[[Expr], None], *, serial_if: Expr | None = None, name: str = "task") -> None:
+def tasks(
+    count: Expr, emit: Callable[[Expr], None], *, serial_if: Expr | None = None, name: str = "task"
+) -> None:
     """Run `emit(index)` for every index below `count`, over all cores.
 
     Args:

@@ -27,7 +27,9 @@ GRANULE = 64
 _SERIAL_ROWS = 4
 
 
-def cache_shapes(batch: Any, kv_heads: int, tiles: Any, head_dim: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def cache_shapes(
+    batch: Any, kv_heads: int, tiles: Any, head_dim: int
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Shapes of the key and the value cache of one layer."""
     return (batch, kv_heads, tiles, head_dim, TILE), (batch, kv_heads, tiles, TILE, head_dim)
 
@@ -99,7 +101,12 @@ def append(problem: Append, machine: Machine) -> PrimFunc:
                     b.store(target, second * cos + first * sin, *at, start + half, lanes=n)
 
             def copied(head: Expr, target: Expr, at: tuple[Expr, ...]) -> None:
-                b.sweep(dim, lambda start, n: b.store(target, b.load(qkv, row, head, start, lanes=n), *at, start, lanes=n))
+                b.sweep(
+                    dim,
+                    lambda start, n: b.store(
+                        target, b.load(qkv, row, head, start, lanes=n), *at, start, lanes=n
+                    ),
+                )
 
             move = rotated if problem.rope else copied
             with T.serial(heads) as head:

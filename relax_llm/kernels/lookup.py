@@ -55,7 +55,9 @@ def embedding(problem: Embedding, machine: Machine) -> PrimFunc:
         def task(row: Expr) -> None:
             index = b.let("index", T.cast(ids[row], "int64"))
             if layout is None:
-                b.sweep(hidden, lambda at, n: b.store(out, b.load(table, index, at, lanes=n), row, at, lanes=n))
+                b.sweep(
+                    hidden, lambda at, n: b.store(out, b.load(table, index, at, lanes=n), row, at, lanes=n)
+                )
             else:
                 with T.serial(hidden) as k:
                     b.put(out, table[index // layout.cols, k, index % layout.cols], row, k)
@@ -90,6 +92,8 @@ def last_token(problem: LastToken, machine: Machine) -> PrimFunc:
         x = b.argument("x", (batch, seq, hidden))
         out = b.argument("out", (batch, 1, hidden))
         with T.serial(batch) as row:
-            b.sweep(hidden, lambda at, n: b.store(out, b.load(x, row, seq - 1, at, lanes=n), row, 0, at, lanes=n))
+            b.sweep(
+                hidden, lambda at, n: b.store(out, b.load(x, row, seq - 1, at, lanes=n), row, 0, at, lanes=n)
+            )
 
     return tag(b.prim_func(problem.name, emit), problem)

@@ -86,7 +86,9 @@ def default(problem: Matmul) -> PrimFunc:
     half = problem.outputs
     if problem.gated:
         out = te.compute(
-            (batch, seq, half), lambda i, j, n: activate(product[i, j, n]) * product[i, j, n + half], name="gated"
+            (batch, seq, half),
+            lambda i, j, n: activate(product[i, j, n]) * product[i, j, n + half],
+            name="gated",
         )
     else:
         out = te.compute(product.shape, lambda i, j, n: activate(product[i, j, n]), name="activated")

@@ -68,7 +68,9 @@ class Problem:
         """The problem that `to_json` wrote."""
         values = json.loads(text)
         kind = _OPERATORS[values.pop("operator")]
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return kind(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        )
 
 
 def tag(func: PrimFunc, problem: Problem) -> PrimFunc:

@@ -78,14 +78,18 @@ class Fields:
         value = self.text(name, default)
         if value not in choices:
             known = ", ".join(sorted(choices))
-            raise ArchitectureError(f"config.json: field {name!r} is {value!r}, which is not supported; known: {known}.")
+            raise ArchitectureError(
+                f"config.json: field {name!r} is {value!r}, which is not supported; known: {known}."
+            )
         return choices[value]
 
     def _value(self, name: str, default: Any, kind: Any, expected: str) -> Any:
         value = self._config.get(name)
         if value is None:
             if default is _MISSING:
-                raise ArchitectureError(f"config.json: field {name!r} is missing; the architecture needs {expected}.")
+                raise ArchitectureError(
+                    f"config.json: field {name!r} is missing; the architecture needs {expected}."
+                )
             return default
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ArchitectureError(f"config.json: field {name!r} must be {expected}, but is {value!r}.")

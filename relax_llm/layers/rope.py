@@ -41,12 +41,16 @@ class Rope:
             ArchitectureError: The scaling is not known, or one of its parameters is missing.
         """
         if head_dim % 2:
-            raise ArchitectureError(f"config.json: head_dim is {head_dim}, but rotary embeddings need an even one.")
+            raise ArchitectureError(
+                f"config.json: head_dim is {head_dim}, but rotary embeddings need an even one."
+            )
         context = config.integer("max_position_embeddings", context_length)
         scaling = config.section("rope_parameters") or config.section("rope_scaling") or Fields({})
         theta = scaling.number("rope_theta", config.number("rope_theta", theta))
         if scaling.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0)) != 1.0:
-            raise ArchitectureError("config.json: field 'partial_rotary_factor' is not supported by this architecture.")
+            raise ArchitectureError(
+                "config.json: field 'partial_rotary_factor' is not supported by this architecture."
+            )
         kind = scaling.text("rope_type", scaling.text("type", "default"))
         plain = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         if kind == "default":
@@ -66,7 +70,10 @@ class Rope:
 
 
 def _rope(
-    frequencies: Frequencies, context: int, magnitude: float = 1.0, dynamic: tuple[float, float, int] | None = None
+    frequencies: Frequencies,
+    context: int,
+    magnitude: float = 1.0,
+    dynamic: tuple[float, float, int] | None = None,
 ) -> Rope:
     values = tuple(float(np.float32(frequency)) for frequency in frequencies)
     return Rope(RopeTable(values, magnitude, dynamic), context)

@@ -71,7 +71,9 @@ class Step:
         kernel = self.kernels[problem]
         out_type = relax.TensorType(list(shape), dtype)
         if not in_place:
-            return nn.Tensor(_expr=builder.emit(relax.op.call_tir(kernel, args, out_ty=out_type), problem.operator))
+            return nn.Tensor(
+                _expr=builder.emit(relax.op.call_tir(kernel, args, out_ty=out_type), problem.operator)
+            )
         types = [args[index].ty for index in in_place]
         call = relax.op.call_tir_inplace(kernel, args, [*in_place, -1], [*types, out_type])
         results = builder.emit(call, problem.operator)

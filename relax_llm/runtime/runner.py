@@ -110,19 +110,29 @@ class Runner:
         """
         array = np.asarray(token_id)
         if array.ndim > 1:
-            raise InputError(f"decode takes one token for each sequence, not an array of shape {array.shape}.")
+            raise InputError(
+                f"decode takes one token for each sequence, not an array of shape {array.shape}."
+            )
         ids, _ = self._ids(state, array.reshape(-1, 1))
         result = self._call("decode", state, ids)[:, 0]
         return result[0] if array.ndim == 0 else result
 
     def generate(
-        self, prompt: str | Sequence[int], *, state: State | None = None, **options: "Unpack[generation.GenerationOptions]"
+        self,
+        prompt: str | Sequence[int],
+        *,
+        state: State | None = None,
+        **options: "Unpack[generation.GenerationOptions]",
     ) -> Generation:
         """Continue a prompt; see `relax_llm.runtime.generation.generate` for the options."""
         return generation.generate(self, prompt, state=state, **options)
 
     def stream(
-        self, prompt: str | Sequence[int], *, state: State | None = None, **options: "Unpack[generation.GenerationOptions]"
+        self,
+        prompt: str | Sequence[int],
+        *,
+        state: State | None = None,
+        **options: "Unpack[generation.GenerationOptions]",
     ) -> Generator[Piece, None, None]:
         """Continue a prompt piece by piece; see `relax_llm.runtime.generation.stream` for the options."""
         return generation.stream(self, prompt, state=state, **options)
@@ -139,9 +149,13 @@ class Runner:
         try:
             array = np.asarray(token_ids)
         except ValueError as error:
-            raise InputError("Token ids must form [seq] or [batch, seq]; the sequences differ in length.") from error
+            raise InputError(
+                "Token ids must form [seq] or [batch, seq]; the sequences differ in length."
+            ) from error
         if array.ndim not in (1, 2):
-            raise InputError(f"Token ids must form [seq] or [batch, seq], not an array of shape {array.shape}.")
+            raise InputError(
+                f"Token ids must form [seq] or [batch, seq], not an array of shape {array.shape}."
+            )
         if array.size == 0:
             raise InputError("There are no tokens to evaluate; a prompt needs at least one.")
         if array.dtype.kind not in "iu":

@@ -52,7 +52,9 @@ class State:
     def tokens(self) -> list[int]:
         """The tokens in the cache, for batch 1."""
         if self.batch != 1:
-            raise InputError(f"This state has {self.batch} sequences; `token_ids` has the tokens of all of them.")
+            raise InputError(
+                f"This state has {self.batch} sequences; `token_ids` has the tokens of all of them."
+            )
         return self._ids[0, : self._length].tolist()
 
     @property

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from relax_llm.errors import InputError
 from relax_llm.runtime.stopping import StopStrings, end_tokens, stop_strings

@@ -47,7 +47,9 @@ def _combine(line: Line, target: relax.Var) -> None:
         product, bias = definitions.get(part), None
         if is_op(product, "relax.add"):
             product, bias = definitions.get(product.args[0]), product.args[1]
-        if not is_op(product, "relax.matmul") or not is_op(definitions.get(product.args[1]), "relax.permute_dims"):
+        if not is_op(product, "relax.matmul") or not is_op(
+            definitions.get(product.args[1]), "relax.permute_dims"
+        ):
             return
         inputs.add(product.args[0])
         weights.append(definitions[product.args[1]].args[0])

@@ -67,7 +67,11 @@ def _fuse(edit: Edit, line: Line, start: relax.Var) -> None:
         pass
     index = line.positions()[group.end]
     function = edit.kernel(group.problem, lambda: default(group.problem))
-    operands = [group.x, group.weight, *(value for value in (group.bias, group.residual) if value is not None)]
+    operands = [
+        group.x,
+        group.weight,
+        *(value for value in (group.bias, group.residual) if value is not None),
+    ]
     line.body[index] = (group.end, typed(relax.op.call_tir(function, operands, out_ty=group.end.ty)))
     line.insert(index, group.new)
 
@@ -101,7 +105,11 @@ def _extend(line: Line, group: _Group) -> bool:
     if is_op(expr, "relax.add") and len(others) == 1:
         other = others[0]
         shape = other.ty.shape
-        if len(shape) == 1 and int(shape[0]) == problem.n and not (problem.bias or problem.activation or problem.gated):
+        if (
+            len(shape) == 1
+            and int(shape[0]) == problem.n
+            and not (problem.bias or problem.activation or problem.gated)
+        ):
             group.bias, group.problem = other, changed_copy(problem, bias=True)
         elif structural_equal(shape, group.end.ty.shape):
             group.residual, group.problem = other, changed_copy(problem, residual=True)
@@ -128,7 +136,11 @@ def _gate(line: Line, group: _Group, up: relax.Expr) -> bool:
     if not is_op(definitions.get(start), "relax.matmul") or any(len(users[var]) != 1 for var in {up, start}):
         return False
     other = _product(line, start)
-    if other is None or not other.x.same_as(group.x) or other.problem != Matmul(group.problem.n, group.problem.k):
+    if (
+        other is None
+        or not other.x.same_as(group.x)
+        or other.problem != Matmul(group.problem.n, group.problem.k)
+    ):
         return False
     bias = None if up.same_as(start) else definitions[up].args[1]
     if (bias is None) != (group.bias is None) or (bias is not None and len(bias.ty.shape) != 1):

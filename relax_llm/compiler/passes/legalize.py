@@ -71,7 +71,12 @@ def _layer_norm(call: relax.Call) -> _Found:
 
 def _take(call: relax.Call) -> _Found:
     table, ids = call.args
-    if len(table.ty.shape) != 2 or len(ids.ty.shape) != 2 or int(call.attrs.axis) != 0 or str(ids.ty.dtype) != "int32":
+    if (
+        len(table.ty.shape) != 2
+        or len(ids.ty.shape) != 2
+        or int(call.attrs.axis) != 0
+        or str(ids.ty.dtype) != "int32"
+    ):
         return None
     rows, hidden = (int(size) for size in table.ty.shape)
     return Embedding(rows, hidden), [ids, table]

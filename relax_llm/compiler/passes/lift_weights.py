@@ -7,7 +7,16 @@ from tvm import IRModule, relax
 from relax_llm.compiler.bindings import Edit, Line, is_op, substitute, typed, used
 from relax_llm.compiler.export import CACHES
 from relax_llm.compiler.passes.select_kernels import PACK
-from relax_llm.compiler.recipes import Concat, Pack, Recipe, Source, Transpose, from_json, joined_name, to_json
+from relax_llm.compiler.recipes import (
+    Concat,
+    Pack,
+    Recipe,
+    Source,
+    Transpose,
+    from_json,
+    joined_name,
+    to_json,
+)
 
 WEIGHTS = "relax_llm.weights"
 """Module attribute: the artifact's weights as recipes, in the order of the `weights` argument."""

@@ -12,7 +12,7 @@ from relax_llm.kernels.library import build
 from relax_llm.kernels.lookup import Embedding
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul import Matmul, layout_for
-from relax_llm.kernels.problem import Problem, problem_of
+from relax_llm.kernels.problem import Problem
 
 PACK = "relax_llm.pack."
 """Prefix of the functions that pack a weight; the layout follows. They run when the artifact is made."""
