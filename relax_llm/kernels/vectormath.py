@@ -31,7 +31,7 @@ def exp(x: Expr) -> Expr:
     Cody and Waite's reduction to |r| <= ln(2)/2, then the Cephes library's degree-5 polynomial for (e**r - 1 - r)/r**2.
     """
     lanes = _lanes(x)
-    c = lambda value: _const(x, value)
+    c = lambda value: _const(x, value)  # noqa: E731
     # The constants come first: a comparison with NaN is false, and then min and max give their second operand.
     x = T.Bind(T.max(c(-87.3365478515625), T.min(c(88.3762626647949), x)))
     n = T.Bind(T.floor(x * c(math.log2(math.e)) + c(0.5)))
@@ -68,7 +68,7 @@ def gelu_tanh(x: Expr) -> Expr:
 
 def erf(x: Expr) -> Expr:
     """The error function within 7e-7 absolutely: Abramowitz and Stegun, formula 7.1.26 (1.5e-7), in f32."""
-    c = lambda value: _const(x, value)
+    c = lambda value: _const(x, value)  # noqa: E731
     a = T.Bind(T.max(x, c(0.0) - x))
     t = T.Bind(c(1.0) / (c(1.0) + c(0.3275911) * a))
     p = c(1.061405429)

@@ -187,7 +187,7 @@ class _Steps(Extension):
 class _Generation(Extension):
     """``{% generation %}`` marks the assistant's words for training; here its body is simply rendered."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 -- Jinja's own declaration
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -1,5 +1,7 @@
 """How each family cuts text, in the form its own tokenizer.json publishes (normalizer and pre-tokenizer)."""
 
+# ruff: noqa: RUF001 -- characters that look like others are the point here
+
 from __future__ import annotations
 
 from typing import Any

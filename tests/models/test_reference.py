@@ -131,4 +131,4 @@ def test_files_are_what_the_row_says(bench: Bench, row: Configuration) -> None:
 
 def _dtypes(path: Path) -> dict[str, str]:
     with safe_open(path, framework="np") as file:
-        return {name: file.get_slice(name).get_dtype() for name in file.keys()}
+        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118

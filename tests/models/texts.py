@@ -1,5 +1,7 @@
 """Texts for the comparison on SmolLM2: three of at least 320 tokens, and ten prompts to continue."""
 
+# ruff: noqa: RUF001 - characters that look like others are part of the texts
+
 from __future__ import annotations
 
 PROSE = """The lighthouse at the end of the peninsula had been dark for eleven years when the letter

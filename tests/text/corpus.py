@@ -1,5 +1,7 @@
 """Strings on which tokenizers differ, the same ones for a given seed."""
 
+# ruff: noqa: RUF001 -- characters that look like others are the point here
+
 from __future__ import annotations
 
 import random

@@ -1,5 +1,7 @@
 """Chat templates: the same text as transformers renders, and nothing else for a hostile one."""
 
+# ruff: noqa: E501 -- templates stay on the lines they are written on
+
 from __future__ import annotations
 
 import resource
