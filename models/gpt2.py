@@ -7,7 +7,7 @@ from tvm.relax.frontend import nn
 from relax_llm import layers
 
 
-class GPT2Attention(nn.Module):  # type: ignore[misc]
+class GPT2Attention(nn.Module):
     """Multi-head attention."""
 
     def __init__(self, config: layers.Fields, layer: int) -> None:
@@ -26,7 +26,7 @@ class GPT2Attention(nn.Module):  # type: ignore[misc]
         return self.c_proj(self.attention(self.c_attn(x), step))
 
 
-class GPT2MLP(nn.Module):  # type: ignore[misc]
+class GPT2MLP(nn.Module):
     """Two linear layers around an activation."""
 
     def __init__(self, config: layers.Fields) -> None:
@@ -42,7 +42,7 @@ class GPT2MLP(nn.Module):  # type: ignore[misc]
         return self.c_proj(layers.activation(self.activation, self.c_fc(x)))
 
 
-class GPT2Block(nn.Module):  # type: ignore[misc]
+class GPT2Block(nn.Module):
     """Attention, then MLP, each behind a norm and around a residual."""
 
     def __init__(self, config: layers.Fields, layer: int) -> None:
@@ -59,7 +59,7 @@ class GPT2Block(nn.Module):  # type: ignore[misc]
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT2Model(nn.Module):  # type: ignore[misc]
+class GPT2Model(nn.Module):
     """Token and position embeddings, blocks, norm."""
 
     def __init__(self, config: layers.Fields) -> None:

@@ -7,7 +7,7 @@ from tvm.relax.frontend import nn
 from relax_llm import layers
 
 
-class LlamaAttention(nn.Module):  # type: ignore[misc]
+class LlamaAttention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
     def __init__(self, config: layers.Fields) -> None:
@@ -35,7 +35,7 @@ class LlamaAttention(nn.Module):  # type: ignore[misc]
         return self.o_proj(self.attention(qkv, step))
 
 
-class LlamaMLP(nn.Module):  # type: ignore[misc]
+class LlamaMLP(nn.Module):
     """down(act(gate(x)) * up(x)) (Shazeer 2020)."""
 
     def __init__(self, config: layers.Fields) -> None:
@@ -52,7 +52,7 @@ class LlamaMLP(nn.Module):  # type: ignore[misc]
         return self.down_proj(layers.activation(self.activation, self.gate_proj(x)) * self.up_proj(x))
 
 
-class LlamaBlock(nn.Module):  # type: ignore[misc]
+class LlamaBlock(nn.Module):
     """Attention, then MLP, each behind a norm and around a residual."""
 
     def __init__(self, config: layers.Fields) -> None:
@@ -69,7 +69,7 @@ class LlamaBlock(nn.Module):  # type: ignore[misc]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class LlamaModel(nn.Module):  # type: ignore[misc]
+class LlamaModel(nn.Module):
     """Embedding, blocks, norm."""
 
     def __init__(self, config: layers.Fields) -> None:

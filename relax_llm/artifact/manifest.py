@@ -47,7 +47,7 @@ class Kernel:
     """One function of the library.
 
     Attributes:
-        operator: What kind of work it does: "matmul", "attention", ..., or "fused" for what no kernel of its own serves.
+        operator: What it does: "matmul", "attention", ..., or "fused" for what no kernel of its own serves.
         problem: The fields of the problem it solves.
         flops: Arithmetic of one launch, a formula in the symbolic sizes.
         bytes: Memory it must move at least, likewise.
@@ -146,7 +146,8 @@ class Manifest:
             found = data.pop("format")
             if found != FORMAT:
                 raise ArtifactError(
-                    f"{origin}: the artifact has format {found!r}, but this version reads format {FORMAT}; compile it again."
+                    f"{origin}: the artifact has format {found!r}, but this version reads format {FORMAT}; "
+                    "compile it again."
                 )
             return Manifest(
                 **{

@@ -46,8 +46,8 @@ def find(config: Mapping[str, Any], choice: Choice = None) -> type[Decoder]:
     wanted = config.get("model_type") if choice is None else str(choice)
     if wanted not in known:
         raise ArchitectureError(
-            f"No architecture is known for model_type {wanted!r}; known: {', '.join(sorted(known))}. Write your own as a "
-            "subclass of relax_llm.layers.Decoder and pass it: compile(..., architecture=MyModel), or "
+            f"No architecture is known for model_type {wanted!r}; known: {', '.join(sorted(known))}. Write your own as "
+            "a subclass of relax_llm.layers.Decoder and pass it: compile(..., architecture=MyModel), or "
             "--architecture path/to/file.py."
         )
     return known[wanted]

@@ -16,7 +16,7 @@ from relax_llm.compiler.export import export
 from relax_llm.compiler.parameters import match, reader
 from relax_llm.compiler.passes.lift_weights import weight_recipes
 from relax_llm.compiler.pipeline import lowering, pipeline, run
-from relax_llm.compiler.recipes import Recipe, joined_name
+from relax_llm.compiler.recipes import Array, Recipe, joined_name
 from relax_llm.errors import CompileError, TokenizerError
 from relax_llm.kernels.machine import Machine
 from relax_llm.layers import Decoder, Fields
@@ -68,7 +68,7 @@ def build(
     by_name = dict(zip((weight.name for weight in weights), recipes, strict=True))
     with progress.task("Packing weights", len(weights)) as advance, (directory / WEIGHTS).open("wb") as file:
 
-        def make(weight: Weight) -> object:
+        def make(weight: Weight) -> Array:
             advance(1)
             return by_name[weight.name].make(read)
 

@@ -160,7 +160,8 @@ def _locked(place: Path) -> Iterator[None]:
             yield
     except OSError as error:
         raise ArtifactError(
-            f"The cache {place.parent} cannot be used ({error.strerror or error}); set XDG_CACHE_HOME or pass an output."
+            f"The cache {place.parent} cannot be used ({error.strerror or error}); set XDG_CACHE_HOME or pass an "
+            "output."
         ) from error
 
 

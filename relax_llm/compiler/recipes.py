@@ -42,7 +42,8 @@ class Transpose:
 
     def make(self, read: Callable[[str], Array]) -> Array:
         """A view."""
-        return self.of.make(read).T
+        matrix = self.of.make(read)
+        return np.transpose(matrix)
 
     def sources(self) -> list[str]:
         """The parameters this is made from."""

@@ -116,7 +116,8 @@ def splat(value: Expr | float, lanes: int = LANES) -> Expr:
 
 def load(buffer: Expr, *indices: Expr, lanes: int = LANES) -> Expr:
     """`lanes` neighbours along the last axis, beginning at `indices`."""
-    return buffer[(*indices[:-1], _neighbours(indices[-1], lanes))]
+    at = (*indices[:-1], _neighbours(indices[-1], lanes))
+    return buffer[at]
 
 
 def store(buffer: Expr, value: Expr, *indices: Expr, lanes: int = LANES) -> None:
@@ -208,7 +209,8 @@ def row_sum(width: int, value: Callable[[Expr, int], Expr]) -> Expr:
 
 def reduce_lanes(buffer: Expr, row: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:
     """Combine the `LANES` elements at the start of a row of `buffer` in a balanced tree."""
-    values = [buffer[(*row, lane)] for lane in range(LANES)]
+    places = [(*row, lane) for lane in range(LANES)]
+    values = [buffer[place] for place in places]
     while len(values) > 1:
         values = [combine(values[i], values[i + 1]) for i in range(0, len(values), 2)]
     return let("reduced", values[0])

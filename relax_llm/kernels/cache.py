@@ -66,7 +66,7 @@ class Append(Problem):
 
 
 def append(problem: Append, machine: Machine) -> PrimFunc:
-    """qkv [batch, seq, width], (rope [seq, 2, head_dim / 2]), k_cache, v_cache, kv_len -> q [batch, seq, heads, head_dim].
+    """qkv [batch, seq, width], (rope [seq, 2, dim/2]), k_cache, v_cache, kv_len -> q [batch, seq, heads, dim].
 
     Writes positions kv_len - seq ... kv_len - 1 of the caches, which the caller has made large enough.
     """

@@ -1,4 +1,4 @@
-"""What depends on positions alone: their indices, and the rotations of rotary embeddings. Once in a step, not a layer."""
+"""What depends on positions alone: their indices, and the rotations of rotary embeddings. Once in a step."""
 
 from dataclasses import dataclass
 from typing import ClassVar

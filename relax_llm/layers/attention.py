@@ -9,7 +9,7 @@ from relax_llm.layers.rope import Rope
 from relax_llm.layers.step import Step
 
 
-class Attention(nn.Module):  # type: ignore[misc]
+class Attention(nn.Module):
     """Append this step's keys and values to the cache, then attend to all of it.
 
     Two launches: `append` (which also rotates) and `attention`. The module's place in the tree names its cache.

@@ -5,7 +5,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.core import wrap_nested
 
 
-class Linear(nn.Module):  # type: ignore[misc]
+class Linear(nn.Module):
     """x @ weight.T + bias, the weight stored as [outputs, inputs]."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
@@ -19,7 +19,7 @@ class Linear(nn.Module):  # type: ignore[misc]
         return product if self.bias is None else product + self.bias
 
 
-class Conv1D(nn.Module):  # type: ignore[misc]
+class Conv1D(nn.Module):
     """x @ weight + bias, the weight stored as [inputs, outputs]: GPT-2's linear layer."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -32,7 +32,7 @@ class Conv1D(nn.Module):  # type: ignore[misc]
         return nn.op.matmul(x, self.weight) + self.bias
 
 
-class Embedding(nn.Module):  # type: ignore[misc]
+class Embedding(nn.Module):
     """Rows of a table; `as_head` uses the same table as an output projection."""
 
     def __init__(self, rows: int, hidden: int) -> None:
@@ -48,7 +48,7 @@ class Embedding(nn.Module):  # type: ignore[misc]
         return nn.op.matmul(x, nn.op.permute_dims(self.weight))
 
 
-class RMSNorm(nn.Module):  # type: ignore[misc]
+class RMSNorm(nn.Module):
     """x / sqrt(mean(x**2) + eps) * weight."""
 
     def __init__(self, hidden: int, eps: float) -> None:
@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):  # type: ignore[misc]
         return nn.op.rms_norm(x, weight=self.weight, axes=[-1], epsilon=self.eps)
 
 
-class LayerNorm(nn.Module):  # type: ignore[misc]
+class LayerNorm(nn.Module):
     """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias."""
 
     def __init__(self, hidden: int, eps: float) -> None:

@@ -10,7 +10,7 @@ from relax_llm.layers.fields import Fields
 from relax_llm.layers.step import Step
 
 
-class Decoder(nn.Module):  # type: ignore[misc]
+class Decoder(nn.Module):
     """A causal language model.
 
     A subclass declares its layers in `__init__(config)` under the checkpoint's own names, and sets `vocab_size` and

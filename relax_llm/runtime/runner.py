@@ -76,8 +76,8 @@ class Runner:
         Args:
             state: Grows by the tokens; unchanged when the call fails.
             token_ids: [seq], or [batch, seq].
-            output: "last": logits after the last token, [vocab]; "all": after every token, [seq, vocab]; "hidden": hidden
-                states after the final norm, [seq, hidden].
+            output: "last": logits after the last token, [vocab]; "all": after every token, [seq, vocab]; "hidden":
+                hidden states after the final norm, [seq, hidden].
 
         Returns:
             float32; with a leading batch axis where token_ids has one.

@@ -55,12 +55,14 @@ class State:
             raise InputError(
                 f"This state has {self.batch} sequences; `token_ids` has the tokens of all of them."
             )
-        return self._ids[0, : self._length].tolist()
+        tokens: list[int] = self._ids[0, : self._length].tolist()
+        return tokens
 
     @property
     def token_ids(self) -> npt.NDArray[np.int32]:
         """The tokens in the cache: [batch, length]."""
-        return self._ids[:, : self._length].copy()
+        ids: npt.NDArray[np.int32] = self._ids[:, : self._length].copy()
+        return ids
 
     @property
     def nbytes(self) -> int:

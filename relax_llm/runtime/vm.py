@@ -61,7 +61,8 @@ def set_threads(count: int) -> None:
         raise InputError(f"The number of threads must be at least 1, not {count}.")
     if _ffi.cache_info().currsize and os.environ.get("TVM_NUM_THREADS") != str(count):
         raise InputError(
-            f"This process already uses {os.environ.get('TVM_NUM_THREADS')} threads; set the number before the first Runner."
+            f"This process already uses {os.environ.get('TVM_NUM_THREADS')} threads; "
+            "set the number before the first Runner."
         )
     os.environ["TVM_NUM_THREADS"] = str(count)
 

@@ -41,6 +41,7 @@ def _combine(line: Line, target: relax.Var) -> None:
     if int(concat.attrs.axis) not in (-1, len(target.ty.shape) - 1):
         return
     inputs, weights, biases = set(), [], []
+    product: relax.Expr
     for part in concat.args[0]:
         if len(users[part]) != 1:
             return

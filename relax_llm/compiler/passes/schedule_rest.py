@@ -43,11 +43,11 @@ def _schedule(func: PrimFunc) -> PrimFunc:
         loops = schedule.get_loops(block)
         kinds = [str(var.iter_type) for var in schedule.get(block).iter_vars]
         spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == "0"]
-        if not spatial or len(spatial) < len(loops) and loops[: len(spatial)] != spatial:
+        if not spatial or (len(spatial) < len(loops) and loops[: len(spatial)] != spatial):
             continue
         last = spatial[-1]
-        extent = schedule.get(last).extent
-        if len(spatial) == len(loops) and isinstance(_constant(extent), int) and _constant(extent) >= LANES:
+        extent = _constant(schedule.get(last).extent)
+        if len(spatial) == len(loops) and extent is not None and extent >= LANES:
             *_, inner = schedule.split(last, [None, LANES])
             schedule.vectorize(inner)
         outer = spatial[:-1] or spatial
