@@ -1,0 +1,50 @@
+"""`relax-llm inspect`: every kernel of an artifact, what it solves and what it costs."""
+
+from typing import Annotated
+
+import typer
+
+from relax_llm.cli import options as o, screen
+from relax_llm.cli.models import named_or_default
+
+
+def inspect(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="An artifact, or a checkpoint, which is compiled by way of the cache; by default SmolLM2.",
+            show_default=False,
+        ),
+    ] = None,
+    sites: Annotated[bool, typer.Option("--sites", help="List the launches of a function in order.")] = False,
+    function: Annotated[
+        str,
+        typer.Option("--function", metavar="NAME", help="Which function: decode, prefill, logits or hidden."),
+    ] = "decode",
+    at: Annotated[
+        str | None,
+        typer.Option("--at", metavar="SIZES", help="Evaluate the formulas, as in batch=1,seq=1,kv_len=100."),
+    ] = None,
+    weights_table: Annotated[
+        bool, typer.Option("--weights-table", help="List the packed weights and what they are made from.")
+    ] = False,
+    weights: o.Weights = None,
+    architecture: o.Architecture = None,
+    target: o.Target = None,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Show every kernel of an artifact: sites, problem, symbolic shapes, flops and bytes as formulas."""
+    from relax_llm.cli import report
+
+    path, manifest = report.open_manifest(
+        named_or_default(model), weights=weights, architecture=architecture, target=target
+    )
+    asked = report.Report(
+        path, manifest, function, report.sizes_at(at, manifest, function), sites, weights_table
+    )
+    if json:
+        screen.json_document(report.as_data(asked))
+    else:
+        report.show(asked)

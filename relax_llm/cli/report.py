@@ -1,0 +1,231 @@
+"""What `relax-llm inspect` shows of an artifact: kernels, launches, weights and costs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relax_llm.artifact import formulas
+from relax_llm.artifact.artifact import LIBRARY, MANIFEST, WEIGHTS, load
+from relax_llm.artifact.manifest import Kernel, Manifest
+from relax_llm.cli import screen, tables
+from relax_llm.cli.kernel_table import kernel_uses, parse_sizes, problem_text, shapes_text, symbols
+from relax_llm.cli.models import compile_with_notes, is_artifact, refuse_compile_options
+from relax_llm.errors import ArtifactError, InputError
+
+
+@dataclass(frozen=True)
+class Report:
+    """What to show of an artifact.
+
+    Attributes:
+        path: The artifact.
+        manifest: What it says of itself.
+        function: The function whose launches are counted and listed.
+        sizes: Values for the symbolic sizes, or None to show formulas.
+        sites: Whether to list launches.
+        weights: Whether to list weights.
+    """
+
+    path: Path
+    manifest: Manifest
+    function: str
+    sizes: Mapping[str, int] | None
+    sites: bool
+    weights: bool
+
+
+def open_manifest(model: str, **options: str | None) -> tuple[Path, Manifest]:
+    """The manifest of an artifact, or of what a checkpoint is compiled into.
+
+    An artifact that cannot run here can be looked at all the same; that it cannot is worth a note.
+
+    Raises:
+        RelaxLLMError: There is no manifest to read, or the checkpoint cannot be compiled.
+    """
+    if not is_artifact(model):
+        artifact = compile_with_notes(model, **options)
+        return artifact.path, artifact.manifest
+    refuse_compile_options(model, **options)
+    path = Path(model).expanduser()
+    file = path / MANIFEST
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ArtifactError(f"{file} is not text; compile the artifact again.") from None
+    manifest = Manifest.from_json(text, str(file))
+    try:
+        load(path)
+    except ArtifactError as refusal:
+        screen.note(f"This artifact cannot run here. {refusal}")
+    for text in manifest.notes:
+        screen.note(text)
+    return path, manifest
+
+
+def sizes_at(text: str | None, manifest: Manifest, function: str) -> dict[str, int] | None:
+    """What `--at` says, complete for every formula of an artifact; None where it says nothing.
+
+    Raises:
+        InputError: There is no such function, or a size is missing, unknown, not a number or not possible.
+    """
+    if function not in manifest.functions:
+        raise InputError(
+            f"There is no function {function!r}; the functions are {', '.join(manifest.functions)}."
+        )
+    if text is None:
+        return None
+    known = symbols(manifest)
+    sizes = parse_sizes(text, known)
+    if function == "decode":
+        if sizes.get("seq", 1) != 1:
+            raise InputError(
+                f"--at: seq is {sizes['seq']}, but decode is for one token; add --function prefill."
+            )
+        sizes["seq"] = 1
+    for name in sorted(known):
+        if name not in sizes:
+            raise InputError(
+                f"--at does not say how large {name} is; the sizes are {', '.join(sorted(known))}."
+            )
+    return sizes
+
+
+def show(report: Report) -> None:
+    """Print what is asked for as tables."""
+    manifest = report.manifest
+    size = {name: tables.quantity(file.size, "B") for name, file in manifest.files.items()}
+    tables.facts(
+        {
+            "artifact": str(report.path),
+            "architecture": f"{manifest.architecture}, {manifest.context_length} tokens of context",
+            "target": manifest.target,
+            "kernels": f"{len(manifest.kernels)}, in {size.get(LIBRARY, '?')} of code",
+            "weights": f"{len(manifest.weights)} tensors, {size.get(WEIGHTS, '?')} as {manifest.weight_format}",
+            "launches": ", ".join(f"{name} {len(calls)}" for name, calls in manifest.functions.items()),
+        }
+    )
+    screen.write("\n")
+    if report.weights:
+        _show_weights(manifest)
+    elif report.sites:
+        _show_sites(report)
+    else:
+        _show_kernels(report)
+    if report.sizes is not None and not report.weights:
+        _show_total(report)
+
+
+def _show_kernels(report: Report) -> None:
+    rows = [
+        (
+            use.kernel.operator,
+            str(len(use.sites)),
+            problem_text(use.kernel.problem),
+            shapes_text(use.example),
+            *_cost_texts(use.kernel, report.sizes),
+            use.name,
+        )
+        for use in kernel_uses(report.manifest)
+    ]
+    tables.table(("operator", "sites", "problem", "shapes", "flops", "bytes", "kernel"), rows, numbers=(1,))
+
+
+def _show_sites(report: Report) -> None:
+    launches = report.manifest.functions[report.function]
+    rows = []
+    for number, launch in enumerate(launches):
+        kernel = report.manifest.kernels[launch.kernel]
+        costs = () if report.sizes is None else _cost_texts(kernel, report.sizes)
+        rows.append((str(number), launch.site, launch.kernel, *costs))
+    header = ("#", "site", "kernel", "flops", "bytes")
+    tables.table(header if report.sizes is not None else header[:3], rows, numbers=(0, 3, 4))
+
+
+def _show_weights(manifest: Manifest) -> None:
+    rows = [
+        (weight.name, f"[{', '.join(map(str, weight.shape))}]", weight.dtype, weight.recipe)
+        for weight in manifest.weights
+    ]
+    tables.table(("weight", "shape", "dtype", "made from"), rows)
+
+
+def _show_total(report: Report) -> None:
+    total = _total(report)
+    at = ", ".join(f"{name}={value}" for name, value in sorted((report.sizes or {}).items()))
+    screen.write(
+        f"\n{report.function} at {at}: {total['launches']} launches, {tables.quantity(total['flops'], 'flop')}, "
+        f"{tables.quantity(total['bytes'], 'B')}\n"
+    )
+
+
+def _total(report: Report) -> dict[str, Any]:
+    launches = report.manifest.functions[report.function]
+    kernels = [report.manifest.kernels[launch.kernel] for launch in launches]
+    costs = [_costs(kernel, report.sizes or {}) for kernel in kernels]
+    return {
+        "function": report.function,
+        "launches": len(launches),
+        "flops": sum(cost["flops"] for cost in costs),
+        "bytes": sum(cost["bytes"] for cost in costs),
+    }
+
+
+def _costs(kernel: Kernel, sizes: Mapping[str, int]) -> dict[str, int | float]:
+    return {"flops": formulas.evaluate(kernel.flops, sizes), "bytes": formulas.evaluate(kernel.bytes, sizes)}
+
+
+def _cost_texts(kernel: Kernel, sizes: Mapping[str, int] | None) -> tuple[str, str]:
+    if sizes is None:
+        return kernel.flops, kernel.bytes
+    costs = _costs(kernel, sizes)
+    return tables.quantity(costs["flops"]), tables.quantity(costs["bytes"], "B")
+
+
+def as_data(report: Report) -> dict[str, Any]:
+    """What is asked for as JSON."""
+    manifest, sizes = report.manifest, report.sizes
+    data: dict[str, Any] = {
+        "path": str(report.path),
+        "versions": dict(manifest.versions),
+        "target": manifest.target,
+        "features": list(manifest.features),
+        "architecture": manifest.architecture,
+        "weight_format": manifest.weight_format,
+        "context_length": manifest.context_length,
+        "vocab_size": manifest.vocab_size,
+        "hidden_size": manifest.hidden_size,
+        "files": {name: file.size for name, file in manifest.files.items()},
+        "notes": list(manifest.notes),
+        "launches": {name: len(calls) for name, calls in manifest.functions.items()},
+        "kernels": [
+            {
+                "kernel": use.name,
+                "operator": use.kernel.operator,
+                "problem": dict(use.kernel.problem),
+                "sites": list(use.sites),
+                "launches": dict(use.launches),
+                "shapes": shapes_text(use.example),
+                "flops": use.kernel.flops,
+                "bytes": use.kernel.bytes,
+                **({} if sizes is None else {"at": _costs(use.kernel, sizes)}),
+            }
+            for use in kernel_uses(manifest)
+        ],
+    }
+    if sizes is not None:
+        data["at"] = dict(sizes)
+        data["total"] = _total(report)
+    if report.sites:
+        data["function"] = report.function
+        data["sites"] = [
+            {"site": launch.site, "kernel": launch.kernel, "shapes": shapes_text(launch)}
+            | ({} if sizes is None else _costs(manifest.kernels[launch.kernel], sizes))
+            for launch in manifest.functions[report.function]
+        ]
+    if report.weights:
+        data["weights"] = [
+            {"name": weight.name, "shape": list(weight.shape), "dtype": weight.dtype, "recipe": weight.recipe}
+            for weight in manifest.weights
+        ]
+    return data
