@@ -1,5 +1,6 @@
 """What `relax-llm inspect` shows of an artifact: kernels, launches, weights and costs."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,25 +111,44 @@ def show(report: Report) -> None:
         _show_weights(manifest)
     elif report.sites:
         _show_sites(report)
+    elif report.sizes is None:
+        _show_kernels(manifest)
     else:
-        _show_kernels(report)
+        _show_costs(report)
     if report.sizes is not None and not report.weights:
         _show_total(report)
 
 
-def _show_kernels(report: Report) -> None:
+def _show_kernels(manifest: Manifest) -> None:
     rows = [
         (
-            use.kernel.operator,
-            str(len(use.sites)),
-            problem_text(use.kernel.problem),
-            shapes_text(use.example),
-            *_cost_texts(use.kernel, report.sizes),
             use.name,
+            str(len(use.sites)),
+            f"{use.kernel.operator} {problem_text(use.kernel.problem)}",
+            shapes_text(use.example),
+            use.kernel.flops,
+            use.kernel.bytes,
         )
-        for use in kernel_uses(report.manifest)
+        for use in kernel_uses(manifest)
     ]
-    tables.table(("operator", "sites", "problem", "shapes", "flops", "bytes", "kernel"), rows, numbers=(1,))
+    tables.table(("kernel", "sites", "problem", "shapes", "flops", "bytes"), rows, numbers=(1,), title=2)
+
+
+def _show_costs(report: Report) -> None:
+    """The kernels of a function with what one launch and all launches cost, the most bytes first."""
+    counts = Counter(launch.kernel for launch in report.manifest.functions[report.function])
+    costs = {name: _costs(report.manifest.kernels[name], report.sizes or {}) for name in counts}
+    rows = [
+        (
+            name,
+            str(counts[name]),
+            *_cost_texts(costs[name]),
+            *_cost_texts({unit: counts[name] * cost for unit, cost in costs[name].items()}),
+        )
+        for name in sorted(counts, key=lambda name: -counts[name] * costs[name]["bytes"])
+    ]
+    header = ("kernel", "launches", "flops", "bytes", "all flops", "all bytes")
+    tables.table(header, rows, numbers=range(1, len(header)))
 
 
 def _show_sites(report: Report) -> None:
@@ -136,7 +156,7 @@ def _show_sites(report: Report) -> None:
     rows = []
     for number, launch in enumerate(launches):
         kernel = report.manifest.kernels[launch.kernel]
-        costs = () if report.sizes is None else _cost_texts(kernel, report.sizes)
+        costs = () if report.sizes is None else _cost_texts(_costs(kernel, report.sizes))
         rows.append((str(number), launch.site, launch.kernel, *costs))
     header = ("#", "site", "kernel", "flops", "bytes")
     tables.table(header if report.sizes is not None else header[:3], rows, numbers=(0, 3, 4))
@@ -144,10 +164,10 @@ def _show_sites(report: Report) -> None:
 
 def _show_weights(manifest: Manifest) -> None:
     rows = [
-        (weight.name, f"[{', '.join(map(str, weight.shape))}]", weight.dtype, weight.recipe)
+        (weight.name, weight.dtype, f"[{', '.join(map(str, weight.shape))}]", weight.recipe)
         for weight in manifest.weights
     ]
-    tables.table(("weight", "shape", "dtype", "made from"), rows)
+    tables.table(("weight", "dtype", "shape", "made from"), rows, title=3)
 
 
 def _show_total(report: Report) -> None:
@@ -175,10 +195,7 @@ def _costs(kernel: Kernel, sizes: Mapping[str, int]) -> dict[str, int | float]:
     return {"flops": formulas.evaluate(kernel.flops, sizes), "bytes": formulas.evaluate(kernel.bytes, sizes)}
 
 
-def _cost_texts(kernel: Kernel, sizes: Mapping[str, int] | None) -> tuple[str, str]:
-    if sizes is None:
-        return kernel.flops, kernel.bytes
-    costs = _costs(kernel, sizes)
+def _cost_texts(costs: Mapping[str, float]) -> tuple[str, str]:
     return tables.quantity(costs["flops"]), tables.quantity(costs["bytes"], "B")
 
 
