@@ -1,0 +1,1 @@
+"""Every kernel against float64, at the sizes where kernels break, with guarded memory."""

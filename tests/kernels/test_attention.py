@@ -1,0 +1,210 @@
+"""Attention over the cache: every border of tiles, blocks, windows and row tiles, and scores of any size."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from relax_llm.kernels.attention import Attention
+from relax_llm.kernels.cache import GRANULE, TILE
+
+from ..tolerances import EXP, assert_within, reduction
+from .bench import HOST, every_machine, launch, machines, random
+from .guarded import SENTINEL, Out
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+BORDERS = ((1, 1), (2, 2), (15, 15), (16, 16), (17, 17), (63, 63), (64, 64), (65, 65), (129, 129))
+"""(seq, kv_len): prompts around the borders of a tile (16) and a block (64)."""
+LATER = (
+    (1, 2),
+    (1, 16),
+    (1, 17),
+    (1, 64),
+    (1, 65),
+    (1, 128),
+    (1, 129),
+    (1, 300),
+    (7, 70),
+    (64, 128),
+    (65, 131),
+    (5, 66),
+)
+"""Decodes and later chunks."""
+
+
+def _layout(keys: Array, values: Array, tiles: int) -> tuple[Array, Array]:
+    """[batch, kv_len, kv_heads, head_dim] -> the caches; what lies behind kv_len is NaN."""
+    batch, kv_len, kv_heads, dim = keys.shape
+    padded = np.full((2, batch, tiles * TILE, kv_heads, dim), SENTINEL, np.uint32).view(np.float32)
+    padded[0, :, :kv_len], padded[1, :, :kv_len] = keys, values
+    tiled = padded.reshape(2, batch, tiles, TILE, kv_heads, dim)
+    keys, values = tiled[0].transpose(0, 3, 1, 4, 2), tiled[1].transpose(0, 3, 1, 2, 4)
+    return np.ascontiguousarray(keys), np.ascontiguousarray(values)
+
+
+def _reference(problem: Attention, q: Array, keys: Array, values: Array) -> tuple[Array, Array]:
+    """Softmax attention in float64, and how far each element may be missed."""
+    batch, seq, heads, dim = q.shape
+    kv_len, group = keys.shape[1], heads // problem.kv_heads
+    q, keys, values = (x.astype(np.float64) for x in (q, keys, values))
+    keys, values = np.repeat(keys, group, axis=2), np.repeat(values, group, axis=2)
+    scores = problem.scale * np.einsum("bshd,bthd->bhst", q, keys)
+    scale = abs(problem.scale) * np.einsum("bshd,bthd->bhst", np.abs(q), np.abs(keys))
+    query, position = np.arange(kv_len - seq, kv_len)[:, None], np.arange(kv_len)[None]
+    visible = position <= query
+    if problem.window is not None:
+        visible &= position > query - problem.window
+    scores = np.where(visible, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    out = np.einsum("bhst,bthd->bshd", weights, values)
+    # A score that is missed by e makes its weight wrong by a factor e**e, and all others through their sum. Scores far
+    # below the maximum weigh nothing, so theirs do not count; each block may rescale what came before it.
+    heavy = np.where(visible & (weights > 1e-12), scale, 0.0).max(axis=-1)  # [batch, heads, seq]
+    missed = np.expm1(2 * reduction("float32", dim) * heavy)
+    relative = missed + EXP * (2 + math.sqrt(kv_len / GRANULE)) + reduction("float32", kv_len)
+    magnitude = np.einsum("bhst,bthd->bshd", weights, np.abs(values))
+    allowed = magnitude * relative.transpose(0, 2, 1)[..., None] + 1e-30
+    return out.reshape(batch, seq, heads * dim), allowed.reshape(batch, seq, heads * dim)
+
+
+def _run(problem: Attention, on: str, q: Array, keys: Array, values: Array, spare: int = 0) -> Array:
+    tiles = (-(-keys.shape[1] // GRANULE) + spare) * GRANULE // TILE
+    k_cache, v_cache = _layout(keys, values, tiles)
+    shape = (*q.shape[:2], q.shape[2] * q.shape[3])
+    (out,) = launch(problem, on, q, k_cache, v_cache, keys.shape[1], Out(shape))
+    return out
+
+
+def _operands(problem: Attention, batch: int, seq: int, kv_len: int) -> tuple[Array, Array, Array]:
+    q = random(batch, seq, problem.heads, problem.head_dim)
+    keys = random(batch, kv_len, problem.kv_heads, problem.head_dim, seed=1)
+    return q, keys, random(batch, kv_len, problem.kv_heads, problem.head_dim, seed=2)
+
+
+def _check(problem: Attention, on: str, batch: int, seq: int, kv_len: int, spare: int = 0) -> None:
+    q, keys, values = _operands(problem, batch, seq, kv_len)
+    out = _run(problem, on, q, keys, values, spare)
+    reference, allowed = _reference(problem, q, keys, values)
+    assert_within(out, reference, allowed, f"{problem.name}, batch {batch}, {seq} up to {kv_len}")
+
+
+def _problem(heads: tuple[int, int], head_dim: int, window: int | None = None) -> Attention:
+    return Attention(*heads, head_dim, head_dim**-0.5, window)
+
+
+@machines
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "batch"), [(1, 1, 1), (3, 1, 1), (9, 3, 1), (9, 3, 3), (8, 1, 1), (32, 4, 1)]
+)
+def test_lengths(on: str, heads: int, kv_heads: int, batch: int) -> None:
+    for seq, kv_len in (*BORDERS, *LATER):
+        _check(_problem((heads, kv_heads), 10), on, batch, seq, kv_len, spare=kv_len % 2)
+
+
+@machines
+@pytest.mark.parametrize("head_dim", [2, 4, 6, 16, 20, 64, 80, 128])
+def test_head_dims(on: str, head_dim: int) -> None:
+    for seq, kv_len in ((1, 1), (1, 65), (17, 17), (20, 90)):
+        _check(_problem((6, 2), head_dim), on, 2, seq, kv_len)
+
+
+@machines
+@pytest.mark.parametrize("window", [1, 5, 63, 64, 65, 100])
+def test_windows(on: str, window: int) -> None:
+    for seq, kv_len in (
+        (1, 1),
+        (65, 65),
+        (130, 130),
+        (1, 64),
+        (1, 65),
+        (1, 129),
+        (1, 200),
+        (9, 133),
+        (64, 192),
+    ):
+        _check(_problem((3, 1), 20, window), on, 2, seq, kv_len)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 7, 64])
+@pytest.mark.parametrize("heads", [(7, 1), (4, 4), (10, 5)], ids=lambda heads: f"{heads[0]}-{heads[1]}")
+def test_more_lengths(heads: tuple[int, int], window: int | None) -> None:
+    for seq in (1, 3, 16, 33, 100):
+        for past in (0, 1, 15, 16, 40, 63, 64, 65, 127, 128, 190):
+            _check(_problem(heads, 6, window), HOST, 1, seq, seq + past)
+
+
+@machines
+def test_other_scales(on: str) -> None:
+    for scale in (1.0, 0.01, -0.3):
+        _check(Attention(2, 1, 12, scale), on, 1, 20, 70)
+
+
+EXTREMES = {
+    "one key wins by far": lambda s, t: np.where(t == 5, 200.0, 0.0) + 0.0 * s,
+    "each block beats the last": lambda s, t: t * 1.0 + 0.0 * s,
+    "each block loses to the first": lambda s, t: -t * 1.0 + 0.0 * s,
+    "very negative": lambda s, t: -1e4 - (t % 7) * 0.5 + 0.0 * s,
+    "very positive": lambda s, t: 1e4 + (t % 7) * 0.5 + 0.0 * s,
+    "all equal": lambda s, t: 0.0 * t + 0.0 * s,
+    "beyond the range of exp": lambda s, t: np.where(t % 2, -1e6, 1e6) + 0.0 * s,
+}
+
+
+@every_machine
+@pytest.mark.parametrize("window", [None, 5, 70])
+@pytest.mark.parametrize("kind", list(EXTREMES))
+def test_scores_of_any_size(on: str, kind: str, window: int | None) -> None:
+    """Scores are made exact: the query is 1, and the key is the score."""
+    seq, kv_len = 150, 150
+    problem = Attention(1, 1, 1, 1.0, window)
+    scores = EXTREMES[kind](np.arange(seq)[:, None], np.arange(kv_len)[None])[0]
+    q, keys = np.ones((1, seq, 1, 1), np.float32), scores.astype(np.float32).reshape(1, kv_len, 1, 1)
+    values = random(1, kv_len, 1, 1)
+    out = _run(problem, on, q, keys, values)
+    reference, _ = _reference(problem, q, keys, values)
+    # The scores have no error; what is left is that of exp, and of the sum.
+    allowed = (EXP * 4 + reduction("float32", kv_len)) * np.abs(values).max()
+    assert_within(out, reference, np.float64(allowed), kind)
+
+
+@machines
+def test_what_a_query_does_not_see_does_not_reach_it(on: str) -> None:
+    """A NaN key: queries before it are exactly what they were, those from it on are NaN, and say so."""
+    problem = _problem((3, 1), 20)
+    q, keys, values = _operands(problem, 1, 130, 130)
+    expected = _run(problem, on, q, keys, values)
+    keys[0, 70, 0, 3] = np.nan
+    out = _run(problem, on, q, keys, values)
+    np.testing.assert_array_equal(out[:, :70], expected[:, :70])
+    assert np.isnan(out[:, 70:]).all()
+
+
+@machines
+def test_a_window_forgets(on: str) -> None:
+    problem = _problem((3, 1), 20, window=9)
+    q, keys, values = _operands(problem, 1, 1, 130)
+    expected = _run(problem, on, q, keys, values)
+    keys[0, :121], values[0, :121] = 1e20, 1e20
+    np.testing.assert_allclose(_run(problem, on, q, keys, values), expected, rtol=1e-6, atol=1e-6)
+
+
+@machines
+def test_a_prompt_equals_its_tokens_one_by_one(on: str) -> None:
+    """The same sums in another order of tasks: within the tolerance of one of them."""
+    problem = _problem((9, 3), 20, window=70)
+    q, keys, values = _operands(problem, 1, 140, 140)
+    whole = _run(problem, on, q, keys, values)
+    _, allowed = _reference(problem, q, keys, values)
+    for token in (0, 1, 15, 63, 64, 65, 127, 139):
+        out = _run(problem, on, q[:, token : token + 1], keys[:, : token + 1], values[:, : token + 1])
+        difference = np.abs(out[0, 0].astype(np.float64) - whole[0, token])
+        assert (difference <= 2 * allowed[0, token]).all()

@@ -1,0 +1,166 @@
+"""The machine code: vectors of the right width, fused multiply-adds, and no calls where there should be none.
+
+Code can be generated and read for every machine, whatever this one is.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import pytest
+
+from relax_llm.errors import CompileError
+from relax_llm.kernels.attention import Attention
+from relax_llm.kernels.cache import Append
+from relax_llm.kernels.library import build
+from relax_llm.kernels.lookup import Embedding, LastToken
+from relax_llm.kernels.machine import machine
+from relax_llm.kernels.matmul import Matmul, tile_for
+from relax_llm.kernels.norm import Norm
+from relax_llm.kernels.positions import Positions, RopeTable
+from relax_llm.kernels.problem import ATTRIBUTE, Problem, problem_of
+
+from .bench import generate
+
+MATMUL = Matmul(100, 33, bias=True, activation="gelu", residual=True)
+GATED = Matmul(100, 33, activation="silu", gated=True)
+ATTENTION = Attention(6, 2, 20, 0.2, 9)
+PROBLEMS = (
+    MATMUL,
+    GATED,
+    ATTENTION,
+    Append(6, 2, 20),
+    Append(6, 6, 5, rope=False),
+    Norm(33, 1e-5),
+    Norm(33, 1e-5, centered=True, bias=True),
+    Embedding(33, 17),
+    Embedding(33, 17, layout="tiled32"),
+    LastToken(17),
+    Positions(),
+    RopeTable((1.0, 0.1), 0.7),
+    RopeTable((1.0, 0.1), 1.0, (100.0, 2.0, 64)),
+)
+WITHOUT_LIBM = tuple(problem for problem in PROBLEMS if not isinstance(problem, RopeTable))
+LEVELS = ("x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4")
+names = lambda problem: problem.name[:40]  # noqa: E731
+
+
+@cache
+def _source(problem: Problem, name: str, kind: str) -> str:
+    module = generate(build(problem, machine(name)), machine(name)).mod
+    text: str = module.inspect_source(kind)
+    return text
+
+
+def _calls(problem: Problem, name: str) -> set[str]:
+    """The functions that a kernel calls, as LLVM's IR has them; intrinsics become instructions and do not count."""
+    called = re.findall(r"\bcall [^@\n]*@([\w.]+)\(", _source(problem, name, "ll"))
+    return {symbol for symbol in called if not symbol.startswith("llvm.")}
+
+
+@pytest.mark.parametrize("problem", [MATMUL, GATED, ATTENTION], ids=names)
+@pytest.mark.parametrize(
+    ("name", "register", "none"), [("x86-64-v4", "zmm", None), ("x86-64-v3", "ymm", "zmm")]
+)
+def test_fused_multiply_adds_fill_the_registers(
+    name: str, register: str, none: str | None, problem: Problem
+) -> None:
+    code = _source(problem, name, "s")
+    fused = re.findall(rf"\bvfmadd\w*ps\b.*%{register}\d+", code)
+    assert len(fused) >= machine(name).accumulators
+    assert none is None or f"%{none}" not in code
+
+
+@pytest.mark.parametrize("problem", [MATMUL, GATED, ATTENTION], ids=names)
+@pytest.mark.parametrize("name", ["x86-64", "x86-64-v2"])
+def test_older_machines_get_instructions_they_have(name: str, problem: Problem) -> None:
+    code = _source(problem, name, "s")
+    assert re.search(r"\bmulps\b.*%xmm", code)
+    assert re.search(r"\baddps\b.*%xmm", code)
+    assert not re.search(r"%[yz]mm|\bv\w+ps\b", code)
+
+
+@pytest.mark.parametrize("problem", [MATMUL, GATED, ATTENTION], ids=names)
+def test_aarch64(problem: Problem) -> None:
+    assert (
+        len(re.findall(r"\bfmla\s+v\d+\.4s", _source(problem, "aarch64", "s")))
+        >= machine("aarch64").accumulators
+    )
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=names)
+@pytest.mark.parametrize("name", [*LEVELS, "aarch64"])
+def test_no_memory_is_taken_and_every_machine_is_served(name: str, problem: Problem) -> None:
+    """Local memory is on the stack: taking it from the heap made decoding three times as slow."""
+    calls = _calls(problem, name)
+    assert not {symbol for symbol in calls if "Workspace" in symbol}
+    assert not {symbol for symbol in calls if symbol in ("malloc", "free")}
+
+
+@pytest.mark.parametrize("problem", WITHOUT_LIBM, ids=names)
+def test_no_function_is_called_for_each_lane(problem: Problem) -> None:
+    """`vectormath` replaces libm: its functions take one lane at a time."""
+    calls = _calls(problem, "x86-64-v3")
+    libm = {symbol for symbol in calls if re.fullmatch(r"(exp|tanh|erf|sin|cos|pow|sqrt|floor)\w?f?", symbol)}
+    assert not libm
+    assert not re.search(r"\bcall\w*\s+(expf|tanhf|erff|floorf|sqrtf)", _source(problem, "x86-64-v3", "s"))
+
+
+def test_the_accumulators_of_a_matmul_stay_in_registers() -> None:
+    """The loop over k of the full tile loads weights, broadcasts x, and multiplies and adds; it writes no vector."""
+    code = _source(Matmul(64, 999), "x86-64-v4", "s")
+    rows = tile_for(machine("x86-64-v4")).rows
+    blocks = re.split(r"^\.LBB\S+:.*$|^\tj.*$", code, flags=re.MULTILINE)
+    full = [block for block in blocks if len(re.findall(r"vfmadd\w*ps.*%zmm", block)) == 2 * rows]
+    assert full, f"no loop has the {2 * rows} multiply-adds of a full tile"
+    for block in full:
+        assert not re.search(r"vmov\w*\s+%zmm\d+, .*\(", block), (
+            "an accumulator is written to memory in the loop"
+        )
+
+
+def test_the_host_adds_its_extensions_to_its_level_only() -> None:
+    host = machine()
+    if host.name in LEVELS:
+        assert host.features >= machine(host.name).features
+        assert host.vector_bits == machine(host.name).vector_bits
+    for name in (*LEVELS, "aarch64"):
+        assert machine(name).name == name
+    levels = [machine(name).features for name in LEVELS]
+    assert all(low < high for low, high in pairwise(levels))
+
+
+@pytest.mark.parametrize("name", ["x86-64-v9", " x86-64", "znver4", "cuda"])
+def test_an_unknown_machine_is_refused(name: str) -> None:
+    with pytest.raises(CompileError, match=r"Known targets: x86-64, .*aarch64"):
+        machine(name)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=names)
+def test_a_kernel_carries_its_problem(problem: Problem) -> None:
+    func = build(problem, machine("x86-64-v3"))
+    assert problem_of(func) == problem
+    assert Problem.from_json(str(func.attrs[ATTRIBUTE])) == problem
+    assert str(func.attrs["global_symbol"]) == problem.name
+    assert re.fullmatch(r"[a-z][a-z0-9_]*", problem.name)
+
+
+def test_names_tell_problems_apart() -> None:
+    different = [
+        *PROBLEMS,
+        Norm(33, 1e-6),
+        Norm(33, 1e-5, centered=True),
+        Norm(33, 1e-5, bias=True),
+        Matmul(100, 33),
+        Matmul(10, 33),
+        Matmul(100, 33, bias=True),
+        Matmul(100, 33, residual=True),
+        Attention(6, 2, 20, 0.2),
+        Attention(6, 2, 20, 0.3, 9),
+        Attention(6, 2, 20, 0.2, 8),
+        RopeTable((1.0, 0.1), 0.8),
+        RopeTable((1.0, 0.1)),
+        RopeTable((1.0, 0.2)),
+    ]
+    assert len({problem.name for problem in different}) == len(different)
