@@ -73,9 +73,12 @@ def show(pieces: Iterable["Piece"], *, as_ids: bool = False) -> "list[Piece]":
             if text:
                 screen.write(text)
                 written = text
-    finally:
-        if not written.endswith("\n") and received:
+    except BaseException:
+        if received or sys.stdout.isatty():  # after what was said so far, or after the ^C that the terminal shows
             screen.write("\n")
+        raise
+    if not written.endswith("\n"):
+        screen.write("\n")
     return received
 
 

@@ -214,18 +214,24 @@ def _talk(conversation: Conversation) -> None:
 def _exchange(conversation: Conversation) -> Literal["go on", "leave", "interrupted"]:
     """Read a turn and answer it; mistakes are told and the conversation goes on."""
     try:
-        return "go on" if conversation.take(input(PROMPT)) else "leave"
+        return "go on" if conversation.take(_read()) else "leave"
     except EOFError:
-        screen.write("\n")
         return "leave"
     except KeyboardInterrupt:
-        screen.write("\n")
         return "interrupted"
     except UnicodeDecodeError:
         screen.error("That is not UTF-8 text.")
     except (RelaxLLMError, MemoryError) as failure:
         screen.error(screen.sentence_of(failure) or "")
     return "go on"
+
+
+def _read() -> str:
+    try:
+        return input(PROMPT)
+    except (EOFError, KeyboardInterrupt):
+        screen.write("\n")
+        raise
 
 
 def _lines() -> Iterator[str]:
