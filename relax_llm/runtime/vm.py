@@ -57,8 +57,8 @@ def set_threads(count: int) -> None:
     Raises:
         InputError: Kernels have run with another number.
     """
-    if count < 1:
-        raise InputError(f"The number of threads must be at least 1, not {count}.")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise InputError(f"The number of threads must be a positive whole number, not {count!r}.")
     if _ffi.cache_info().currsize and os.environ.get("TVM_NUM_THREADS") != str(count):
         raise InputError(
             f"This process already uses {os.environ.get('TVM_NUM_THREADS')} threads; "
@@ -88,6 +88,24 @@ def numpy(result: Any) -> Array:
     return view
 
 
+_loaded: dict[Path, list[tuple[int, ...]]] = {}
+
+
+def _loadable(library: Path) -> str:
+    """A path under which the system loads what lies there now.
+
+    A library stays loaded, and is known by its path: an artifact that is compiled anew in the same place would get
+    the code of the one before. Each further file at a path is therefore spelled in another way.
+    """
+    path = library.resolve()
+    status = path.stat()
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    known = _loaded.setdefault(path, [])
+    if identity not in known:
+        known.append(identity)
+    return f"{path.parent}/{'./' * known.index(identity)}{path.name}"
+
+
 class VirtualMachine:
     """A library's functions, ready to call."""
 
@@ -99,7 +117,7 @@ class VirtualMachine:
         """
         ffi = _ffi()
         try:
-            self._module = ffi.load_module(str(library.resolve()))
+            self._module = ffi.load_module(_loadable(library))
             self._vm = self._module["vm_load_executable"]()
             self._vm["vm_initialization"](_CPU, 0, _POOLED)
         except (RuntimeError, OSError, AttributeError) as error:
