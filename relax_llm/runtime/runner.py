@@ -66,9 +66,10 @@ class Runner:
         Args:
             batch: Number of sequences, all of one length.
         """
-        if not isinstance(batch, int) or batch < 1:
+        whole = isinstance(batch, int | np.integer) and not isinstance(batch, bool)
+        if not whole or batch < 1:
             raise InputError(f"batch must be a positive whole number, not {batch!r}.")
-        return State(self.artifact.manifest.caches, batch, self.context_length)
+        return State(self.artifact.manifest.caches, int(batch), self.context_length)
 
     def prefill(self, state: State, token_ids: TokenIds, output: Output = "last") -> Floats:
         """Append tokens to a state.
@@ -86,7 +87,7 @@ class Runner:
             InputError: No tokens, ids outside the vocabulary, or another batch than the state's.
             ContextLengthError: The tokens do not fit.
         """
-        if output not in _FUNCTIONS:
+        if not isinstance(output, str) or output not in _FUNCTIONS:
             raise InputError(f'output must be "last", "all" or "hidden", not {output!r}.')
         ids, flat = self._ids(state, token_ids)
         result = self._call(_FUNCTIONS[output], state, ids)
@@ -108,7 +109,7 @@ class Runner:
             InputError: An id outside the vocabulary, or another batch than the state's.
             ContextLengthError: The context is full.
         """
-        array = np.asarray(token_id)
+        array = _array(token_id)
         if array.ndim > 1:
             raise InputError(
                 f"decode takes one token for each sequence, not an array of shape {array.shape}."
@@ -138,6 +139,8 @@ class Runner:
         return generation.stream(self, prompt, state=state, **options)
 
     def _call(self, function: str, state: State, ids: npt.NDArray[np.int32]) -> Floats:
+        if not state.fits(self.artifact.manifest.caches):
+            raise InputError("The state belongs to another model; make one with this runner's start().")
         caches = state.reserve(ids.shape[1])
         length = vm.shape(state.length + ids.shape[1])
         result = self._functions[function](vm.tensor(ids), length, caches, self._weights)
@@ -146,12 +149,7 @@ class Runner:
 
     def _ids(self, state: State, token_ids: Any) -> tuple[npt.NDArray[np.int32], bool]:
         """Token ids as int32 [batch, seq], and whether they came without a batch axis."""
-        try:
-            array = np.asarray(token_ids)
-        except ValueError as error:
-            raise InputError(
-                "Token ids must form [seq] or [batch, seq]; the sequences differ in length."
-            ) from error
+        array = _array(token_ids)
         if array.ndim not in (1, 2):
             raise InputError(
                 f"Token ids must form [seq] or [batch, seq], not an array of shape {array.shape}."
@@ -167,4 +165,13 @@ class Runner:
         if low < 0 or high >= self.vocab_size:
             bad = low if low < 0 else high
             raise InputError(f"Token id {bad} is outside the vocabulary of {self.vocab_size}.")
-        return np.ascontiguousarray(ids, np.int32), array.ndim == 1
+        return np.array(ids, np.int32, order="C"), array.ndim == 1  # a copy: DLPack refuses read-only memory
+
+
+def _array(token_ids: Any) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(token_ids)
+    except ValueError as error:
+        raise InputError(
+            "Token ids must form [seq] or [batch, seq]; the sequences differ in length."
+        ) from error

@@ -69,15 +69,20 @@ class State:
         """Memory of the cache in bytes."""
         return sum(array.nbytes for array in self._arrays)
 
+    def fits(self, caches: Sequence[Cache]) -> bool:
+        """Whether it has the layers of a model with these caches."""
+        return self._layers == tuple(caches)
+
     def truncate(self, length: int) -> None:
         """Cut the cache back to its first `length` tokens.
 
         Raises:
             InputError: There are not that many.
         """
-        if not 0 <= length <= self._length:
-            raise InputError(f"A state of {self._length} tokens cannot be cut back to {length}.")
-        self._length = length
+        whole = isinstance(length, int | np.integer) and not isinstance(length, bool)
+        if not whole or not 0 <= length <= self._length:
+            raise InputError(f"A state of {self._length} tokens cannot be cut back to {length!r}.")
+        self._length = int(length)
 
     def fork(self) -> "State":
         """A copy that goes its own way; the original stays as it is."""
