@@ -87,8 +87,13 @@ def load(directory: str | os.PathLike[str]) -> Artifact:
         raise ArtifactError(
             f"{path} is not an artifact: {hint}. Make one with `relax-llm compile CHECKPOINT -o DIR`."
         )
-    manifest = Manifest.from_json(manifest_path.read_text(encoding="utf-8"), str(manifest_path))
+    manifest = Manifest.from_json(
+        manifest_path.read_text(encoding="utf-8", errors="replace"), str(manifest_path)
+    )
     _check_machine(path, manifest)
+    for name in (LIBRARY, WEIGHTS):
+        if name not in manifest.files:
+            raise ArtifactError(f"{manifest_path} does not list {name}; compile the artifact again.")
     for name, expected in manifest.files.items():
         file = path / name
         if Path(name).name != name:

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import lru_cache
+from typing import Any, get_args, get_origin, get_type_hints
 
 from relax_llm.errors import ArtifactError
 
@@ -139,7 +140,7 @@ class Manifest:
             origin: Its path, for messages.
 
         Raises:
-            ArtifactError: It is not JSON, of another format, or lacks a field.
+            ArtifactError: It is not JSON, of another format, or lacks a field or has one of another type.
         """
         try:
             data = json.loads(text)
@@ -149,26 +150,41 @@ class Manifest:
                     f"{origin}: the artifact has format {found!r}, but this version reads format {FORMAT}; "
                     "compile it again."
                 )
-            return Manifest(
-                **{
-                    **data,
-                    "features": tuple(data["features"]),
-                    "caches": tuple(Cache(**cache) for cache in data["caches"]),
-                    "weights": tuple(Weight(**{**w, "shape": tuple(w["shape"])}) for w in data["weights"]),
-                    "kernels": {name: Kernel(**kernel) for name, kernel in data["kernels"].items()},
-                    "functions": {
-                        name: tuple(map(_launch, calls)) for name, calls in data["functions"].items()
-                    },
-                    "files": {name: File(**file) for name, file in data["files"].items()},
-                    "notes": tuple(data["notes"]),
-                }
-            )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            manifest: Manifest = _read(Manifest, data, "")
+            return manifest
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ArtifactError(
                 f"{origin}: this is not an artifact's manifest ({type(error).__name__}: {error}); compile it again."
             ) from error
 
 
-def _launch(data: dict[str, Any]) -> Launch:
-    arguments = tuple(Argument(**{**entry, "shape": tuple(entry["shape"])}) for entry in data["arguments"])
-    return Launch(data["site"], data["kernel"], arguments)
+@lru_cache
+def _fields(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """A value of JSON as what a type says: dataclasses, tuples and mappings of them, and plain values."""
+    if kind is Any:
+        return value
+    if is_dataclass(kind):
+        hints = _fields(kind)  # type: ignore[arg-type]
+        if not isinstance(value, dict) or value.keys() != hints.keys():
+            found = sorted(value) if isinstance(value, dict) else repr(value)[:60]
+            raise ValueError(f"{where or 'the whole'} must have the fields {sorted(hints)}, but has {found}")
+        make: Any = kind
+        return make(
+            **{name: _read(hint, value[name], f"{where}.{name}".strip(".")) for name, hint in hints.items()}
+        )
+    origin = get_origin(kind)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list, but is {repr(value)[:60]}")
+        return tuple([_read(get_args(kind)[0], item, where) for item in value])
+    if origin is not None:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be an object, but is {repr(value)[:60]}")
+        return {name: _read(get_args(kind)[1], item, f"{where}.{name}") for name, item in value.items()}
+    if type(value) is not kind:
+        raise ValueError(f"{where} must be of type {kind.__name__}, but is {repr(value)[:60]}")
+    return value

@@ -87,7 +87,7 @@ def read(path: Path, weights: Sequence[Weight]) -> list[Array]:
         (length,) = struct.unpack("<Q", mapped[:8])
         header: Mapping[str, Any] = json.loads(mapped[8 : 8 + length])
         found = [_view(mapped, 8 + length, header[weight.name], weight) for weight in weights]
-    except (OSError, ValueError, KeyError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
         raise ArtifactError(
             f"{path}: the weights cannot be read ({error}); compile the artifact again."
         ) from error
