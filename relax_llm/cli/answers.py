@@ -74,7 +74,7 @@ def show(pieces: Iterable["Piece"], *, as_ids: bool = False) -> "list[Piece]":
                 screen.write(text)
                 written = text
     except BaseException:
-        if received or sys.stdout.isatty():  # after what was said so far, or after the ^C that the terminal shows
+        if received or sys.stdout.isatty():  # end the line of what was said, or of the ^C that terminals show
             screen.write("\n")
         raise
     if not written.endswith("\n"):

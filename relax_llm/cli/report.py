@@ -50,11 +50,7 @@ def open_manifest(model: str, **options: str | None) -> tuple[Path, Manifest]:
     refuse_compile_options(model, **options)
     path = Path(model).expanduser()
     file = path / MANIFEST
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ArtifactError(f"{file} is not text; compile the artifact again.") from None
-    manifest = Manifest.from_json(text, str(file))
+    manifest = Manifest.from_json(file.read_text(encoding="utf-8", errors="replace"), str(file))
     try:
         load(path)
     except ArtifactError as refusal:

@@ -64,9 +64,9 @@ def _from_file(path: Path, config: Mapping[str, Any]) -> type[Decoder]:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ArchitectureError(
-            f"The architecture file {path} fails: {type(error).__name__}: {error}"
+            f"The architecture file {path} fails: {type(error).__name__}: {error}."
         ) from error
     found = _decoders(module)
     fitting = [decoder for decoder in found if config.get("model_type") in decoder.model_types] or found

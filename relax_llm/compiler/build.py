@@ -6,6 +6,7 @@ from typing import Any
 
 import tvm
 from tvm import relax
+from tvm.support import cc
 
 from relax_llm.artifact.artifact import LIBRARY, WEIGHTS, finish, versions
 from relax_llm.artifact.manifest import Cache, Manifest, Weight
@@ -100,6 +101,10 @@ def build(
 
 
 def _library(mod: tvm.IRModule, machine: Machine, path: Path) -> None:
+    if cc.get_cc() is None:
+        raise CompileError(
+            "A C++ compiler is needed to link the kernels and none was found; install g++ or clang, or set CXX."
+        )
     try:
         with tvm.transform.PassContext(config=CODE_GENERATION):
             executable = relax.build(mod, machine.target, relax_pipeline=tvm.transform.Sequential([]))
