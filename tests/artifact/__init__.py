@@ -1,0 +1,1 @@
+"""Artifacts: what is written, what is read back, and what is refused."""
