@@ -74,19 +74,14 @@ def test_a_warning_is_a_note(call: Callable[..., Outcome], checkpoint: Path, tmp
     assert warnings.showwarning is showing  # nothing is left changed behind
 
 
-def test_bars_on_a_terminal_and_none_in_a_pipe(
-    launch: Callable[..., Outcome], checkpoint: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_bars_on_a_terminal(checkpoint: Path, environment: dict[str, str], tmp_path: Path) -> None:
     command = [*COMMAND, "compile", str(checkpoint), "-o", str(tmp_path / "out"), "--no-cache"]
     with Terminal(command, environment) as terminal:
         assert terminal.finish(60) == 0
         for task in ("Tracing", "Passes", "Compiling kernels", "Packing weights"):
             assert task in terminal.text
         assert "100%" in terminal.text
-    done = launch(*command[len(COMMAND) :], timeout=60)
-    assert done.err.startswith("To see its kernels")
-    assert "%" not in done.out
-    assert "\x1b" not in done.out + done.err
+        assert max(map(len, terminal.text.rpartition("\r")[2].split("\n"))) <= 80
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=lambda how: how.name)
@@ -136,8 +131,9 @@ def test_a_place_that_cannot_be_written(
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("limit", [5_000, 300_000], ids=["library", "weights"])
-def test_a_full_disk(checkpoint: Path, environment: dict[str, str], tmp_path: Path, limit: int) -> None:
+def test_a_full_disk(checkpoint: Path, artifact: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    limit = (artifact / "weights.safetensors").stat().st_size - 1
+    assert (artifact / "lib.so").stat().st_size < 0.9 * limit
     program = (
         "import resource, sys; from relax_llm.cli import main;"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.exit(main(sys.argv[1:]))"
@@ -151,8 +147,7 @@ def test_a_full_disk(checkpoint: Path, environment: dict[str, str], tmp_path: Pa
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
+    assert done.stderr == f"error: {tmp_path / 'out'} cannot be written: File too large.\n"
     assert list(tmp_path.iterdir()) == []
 
 
