@@ -110,6 +110,7 @@ def _view(mapped: mmap.mmap, base: int, entry: Mapping[str, Any], weight: Weight
     if (
         tuple(entry["shape"]) != weight.shape
         or entry["dtype"] != _DTYPES[weight.dtype]
+        or begin < 0
         or end - begin != _nbytes(weight)
     ):
         raise ValueError(f"tensor {weight.name!r} differs from the manifest")

@@ -116,6 +116,7 @@ class VirtualMachine:
             ArtifactError: It cannot be loaded.
         """
         ffi = _ffi()
+        self._library = library
         try:
             self._module = ffi.load_module(_loadable(library))
             self._vm = self._module["vm_load_executable"]()
@@ -124,6 +125,15 @@ class VirtualMachine:
             raise ArtifactError(f"{library} cannot be loaded: {error}") from error
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        """The function of this name."""
-        function: Callable[..., Any] = self._vm[name]
+        """The function of this name.
+
+        Raises:
+            ArtifactError: There is none.
+        """
+        try:
+            function: Callable[..., Any] = self._vm[name]
+        except AttributeError as error:
+            raise ArtifactError(
+                f"{self._library} has no function {name!r}; compile the artifact again."
+            ) from error
         return function
