@@ -1,11 +1,8 @@
 """The application: its commands, its exit codes, and what is said when one of them fails."""
 
-import contextlib
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -18,6 +15,7 @@ from relax_llm.cli.compile import compile_
 from relax_llm.cli.env import env
 from relax_llm.cli.generate import generate
 from relax_llm.cli.inspect import inspect
+from relax_llm.cli.interrupts import Termination
 
 PROGRAM = "relax-llm"
 USER, FAULT, INTERRUPTED, TERMINATED, PIPE = 2, 1, 130, 143, 141
@@ -80,7 +78,7 @@ def run(arguments: Sequence[str] | None) -> int:
     """Run the application and return its exit code."""
     screen.prepare()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with _termination_cleans_up():
+    with Termination() as termination:
         try:
             code = typer.main.get_command(app).main(given or ["--help"], PROGRAM, standalone_mode=False)
         except _ClickException as refusal:
@@ -89,6 +87,8 @@ def run(arguments: Sequence[str] | None) -> int:
             code = INTERRUPTED
         except SystemExit as leaving:
             code = leaving.code if isinstance(leaving.code, int) else FAULT
+    if termination.requested:
+        return TERMINATED
     return _carry_out(sys.stdout.flush, debug=False) or code or 0
 
 
@@ -136,23 +136,3 @@ def _report(failure: Exception, *, debug: bool) -> int:
     ):  # perhaps that of standard output itself: what it still holds cannot be written
         screen.abandon_output()
     return FAULT if sentence is None else USER
-
-
-@contextlib.contextmanager
-def _termination_cleans_up() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that half-written artifacts are removed."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
-    ):
-        yield
-        return
-
-    def leave(*_: Any) -> None:
-        raise SystemExit(TERMINATED)
-
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

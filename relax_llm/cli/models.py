@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from relax_llm import cpu
 from relax_llm.cli import screen
+from relax_llm.cli.interrupts import InterruptibleBars
 from relax_llm.errors import InputError
-from relax_llm.progress import Bars
 
 if TYPE_CHECKING:
     from relax_llm.artifact.artifact import Artifact
@@ -100,8 +100,9 @@ def compile_with_notes(model: str, *, weights: str | None = None, **options: Any
     """
     from relax_llm.compiler.compile import compile as compile_checkpoint
 
-    with _warnings_as_notes() as shown:
-        artifact = compile_checkpoint(model, weights=weights or "f32", progress=Bars(), **options)
+    bars = InterruptibleBars()
+    with _warnings_as_notes() as shown, bars.listening():
+        artifact = compile_checkpoint(model, weights=weights or "f32", progress=bars, **options)
     for text in artifact.manifest.notes:
         if text not in shown:
             screen.note(text)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import relax
 from tvm.support import cc
 
@@ -26,6 +27,9 @@ from relax_llm.progress import Progress
 
 CODE_GENERATION = {"tirx.disable_storage_rewrite": True}
 """TVM's options: its storage rewriting forgets which buffers belong on the stack (see `kernels.builder.local`)."""
+
+# Ctrl-C in a pass that is written in Python comes back through C++; unregistered it would come as a RuntimeError.
+tvm_ffi.register_error("KeyboardInterrupt", KeyboardInterrupt)
 
 
 def build(

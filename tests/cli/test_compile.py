@@ -84,9 +84,11 @@ def test_bars_on_a_terminal(checkpoint: Path, environment: dict[str, str], tmp_p
         assert max(map(len, terminal.text.rpartition("\r")[2].split("\n"))) <= 80
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=lambda how: how.name)
+@pytest.mark.parametrize(
+    ("how", "delay"), [(signal.SIGINT, 0.0), (signal.SIGINT, 1.5), (signal.SIGTERM, 0.0)], ids=str
+)
 def test_an_interrupted_compilation_leaves_nothing(
-    checkpoint: Path, environment: dict[str, str], tmp_path: Path, how: signal.Signals
+    checkpoint: Path, environment: dict[str, str], tmp_path: Path, how: signal.Signals, delay: float
 ) -> None:
     place = tmp_path / "place"
     command = [*COMMAND, "compile", str(checkpoint), "-o", str(place / "out"), "--no-cache"]
@@ -96,6 +98,7 @@ def test_an_interrupted_compilation_leaves_nothing(
         end = time.monotonic() + 30
         while not (place.is_dir() and any(place.iterdir())) and time.monotonic() < end:
             time.sleep(0.005)
+        time.sleep(delay)
         assert process.poll() is None
         process.send_signal(how)
         out, err = process.communicate(timeout=30)
