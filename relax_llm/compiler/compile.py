@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,17 +119,28 @@ def _source_of(architecture: Any) -> str:
     if architecture is None:
         return ""
     if isinstance(architecture, type):
-        module = sys.modules.get(architecture.__module__)
-        file = getattr(module, "__file__", None)
-        source = Path(file).read_text(encoding="utf-8") if file and Path(file).is_file() else ""
-        return f"{architecture.__qualname__}\n{source}"
+        return _source_of_class(architecture)
     path = Path(architecture)
     if path.suffix != ".py":
         return str(architecture)
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("latin-1")  # whatever its encoding: only equality counts
     except OSError as error:
         raise ArchitectureError(f"The architecture file {path} cannot be read: {error.strerror}.") from error
+
+
+def _source_of_class(architecture: type) -> str:
+    """The modules of a class and its bases; something new each time where they do not say what it computes.
+
+    A class made in a function depends on that function's arguments, and one typed into a session has no file.
+    """
+    sources = [architecture.__qualname__]
+    for kind in architecture.__mro__[:-1]:
+        file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+        if "<locals>" in kind.__qualname__ or not file or not Path(file).is_file():
+            return uuid.uuid4().hex
+        sources.append(Path(file).read_bytes().decode("latin-1"))
+    return "\n".join(sources)
 
 
 def _package_digest() -> str:
