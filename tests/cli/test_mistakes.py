@@ -348,7 +348,7 @@ def test_no_default_model(refused: Callable[..., str], monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["generat", "Hello"], "Did you mean 'generate'"),
+        (["generat", "Hello"], "No such command 'generat'"),
         (["--nonsense"], "No such option: --nonsense"),
         (["generate"], "Missing argument"),
         (["compile", "somewhere"], "Missing option"),
