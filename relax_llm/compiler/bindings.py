@@ -152,6 +152,20 @@ def is_op(expr: relax.Expr | None, name: str) -> bool:
     return isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and expr.op.name == name
 
 
+def transposed(expr: relax.Expr | None) -> relax.Expr | None:
+    """The matrix that an expression is the transpose of, or None."""
+    if expr is None or not is_op(expr, "relax.permute_dims") or len(expr.args[0].ty.shape) != 2:
+        return None
+    axes = expr.attrs.axes
+    return expr.args[0] if axes is None or [int(axis) % 2 for axis in axes] == [1, 0] else None
+
+
+def is_vector(expr: relax.Expr, size: int) -> bool:
+    """Whether an expression has one axis of this static size."""
+    shape = expr.ty.shape
+    return len(shape) == 1 and getattr(shape[0], "value", None) == size
+
+
 def substitute(expr: relax.Expr, values: dict[relax.Var, relax.Var]) -> relax.Expr:
     """The expression with variables exchanged; types stay as they are."""
     if isinstance(expr, relax.Var):

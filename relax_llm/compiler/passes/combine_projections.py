@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tvm import IRModule, relax
 
-from relax_llm.compiler.bindings import Edit, Line, bind, is_op, typed
+from relax_llm.compiler.bindings import Edit, Line, bind, is_op, is_vector, transposed, typed
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,19 @@ def _combine(line: Line, target: relax.Var) -> None:
         product, bias = definitions.get(part), None
         if is_op(product, "relax.add"):
             product, bias = definitions.get(product.args[0]), product.args[1]
-        if not is_op(product, "relax.matmul") or not is_op(
-            definitions.get(product.args[1]), "relax.permute_dims"
-        ):
+        weight = transposed(definitions.get(product.args[1])) if is_op(product, "relax.matmul") else None
+        if weight is None or (bias is not None and not is_vector(bias, int(weight.ty.shape[0]))):
             return
         inputs.add(product.args[0])
-        weights.append(definitions[product.args[1]].args[0])
+        weights.append(weight)
         biases.append(bias)
     if len(inputs) != 1 or (None in biases and set(biases) != {None}):
         return
     index = line.positions()[target]
     weight = bind("weight", relax.op.concat(weights, axis=0))
-    transposed = bind("transposed", relax.op.permute_dims(weight[0]))
-    new = [weight, transposed]
-    product = relax.op.matmul(inputs.pop(), transposed[0])
+    matrix = bind("transposed", relax.op.permute_dims(weight[0]))
+    new = [weight, matrix]
+    product = relax.op.matmul(inputs.pop(), matrix[0])
     if biases[0] is not None:
         new += [bind("product", product), bind("bias", relax.op.concat(biases, axis=0))]
         product = relax.op.add(new[-2][0], new[-1][0])

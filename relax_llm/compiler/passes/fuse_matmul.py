@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace as changed_copy
 from tvm import IRModule, relax
 from tvm_ffi import structural_equal
 
-from relax_llm.compiler.bindings import Edit, Line, bind, is_op, typed
+from relax_llm.compiler.bindings import Edit, Line, bind, is_op, is_vector, transposed, typed
 from relax_llm.kernels.matmul import Matmul, default
 
 _ACTIVATIONS = {
@@ -82,14 +82,28 @@ def _product(line: Line, var: relax.Var) -> _Group | None:
     x, right = definitions[var].args
     if len(x.ty.shape) != 3 or len(right.ty.shape) != 2:
         return None
+    if not _is_weight(line, right) or {str(x.ty.dtype), str(right.ty.dtype)} != {"float32"}:
+        return None
     new = []
-    if is_op(definitions.get(right), "relax.permute_dims"):
-        weight = definitions[right].args[0]
-    else:
+    weight = transposed(definitions.get(right))
+    if weight is None:
         new = [bind("weight", relax.op.permute_dims(right))]
         weight = new[0][0]
     n, k = (int(size) for size in weight.ty.shape)
     return _Group(Matmul(n, k), var, x, weight, new=new)
+
+
+def _is_weight(line: Line, expr: relax.Expr) -> bool:
+    """Whether an expression can be computed when the artifact is made: `LiftWeights` knows the same operators."""
+    if any(param.same_as(expr) for param in line.params):
+        return True
+    definition = line.definitions().get(expr)
+    matrix = transposed(definition)
+    if matrix is not None:
+        return _is_weight(line, matrix)
+    if definition is None or not is_op(definition, "relax.concat") or int(definition.attrs.axis) != 0:
+        return False
+    return all(_is_weight(line, part) for part in definition.args[0])
 
 
 def _extend(line: Line, group: _Group) -> bool:
@@ -105,11 +119,7 @@ def _extend(line: Line, group: _Group) -> bool:
     if is_op(expr, "relax.add") and len(others) == 1:
         other = others[0]
         shape = other.ty.shape
-        if (
-            len(shape) == 1
-            and int(shape[0]) == problem.n
-            and not (problem.bias or problem.activation or problem.gated)
-        ):
+        if is_vector(other, problem.n) and not (problem.bias or problem.activation or problem.gated):
             group.bias, group.problem = other, changed_copy(problem, bias=True)
         elif structural_equal(shape, group.end.ty.shape):
             group.residual, group.problem = other, changed_copy(problem, residual=True)
@@ -143,7 +153,7 @@ def _gate(line: Line, group: _Group, up: relax.Expr) -> bool:
     ):
         return False
     bias = None if up.same_as(start) else definitions[up].args[1]
-    if (bias is None) != (group.bias is None) or (bias is not None and len(bias.ty.shape) != 1):
+    if (bias is None) != (group.bias is None) or (bias is not None and not is_vector(bias, group.problem.n)):
         return False
     positions = line.positions()
     line.body[positions[up]] = None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tvm import IRModule, relax
 
-from relax_llm.compiler.bindings import Edit, Line, is_op, substitute, typed, used
+from relax_llm.compiler.bindings import Edit, Line, is_op, substitute, transposed, typed, used
 from relax_llm.compiler.export import CACHES
 from relax_llm.compiler.passes.select_kernels import PACK
 from relax_llm.compiler.recipes import (
@@ -75,8 +75,9 @@ def _lift(line: Line, recipes: dict[Recipe, relax.Type]) -> dict[relax.Var, Reci
 
 
 def _recipe(expr: relax.Expr, known: dict[relax.Var, Recipe]) -> Recipe | None:
-    if is_op(expr, "relax.permute_dims") and expr.args[0] in known and expr.attrs.axes is None:
-        return Transpose(known[expr.args[0]])
+    matrix = transposed(expr)
+    if matrix is not None and matrix in known:
+        return Transpose(known[matrix])
     if is_op(expr, "relax.concat") and int(expr.attrs.axis) == 0:
         parts = list(expr.args[0])
         return Concat(tuple(known[part] for part in parts)) if all(part in known for part in parts) else None
