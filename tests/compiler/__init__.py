@@ -1,0 +1,1 @@
+"""The compiler: what each pass does, and that what comes out is right."""
