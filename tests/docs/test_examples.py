@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NOT_RUN = {
     "make demo": "makes an environment and fills it from the network",
+    "make lint                        # format, lint, types, import contracts": "is what runs these tests",
     "make test": "is what runs these tests",
     "pip install .": "changes the environment that the tests run in",
     'pip install "relax-llm[hf] @ ."': "changes the environment that the tests run in",
