@@ -46,14 +46,15 @@ class SelectKernels:
         shared: dict[str, Tiled] = {}
         for line in edit.lines:
             for _, problem, call in _launches(line, problems):
-                if isinstance(problem, Matmul):
-                    shared[call.args[1][1].name] = layout_for(problem, self.machine)
+                table = call.args[1][1]
+                if isinstance(problem, Matmul) and table in line.params:
+                    shared[table.name] = layout_for(problem, self.machine)
         for line in edit.lines:
             for index, problem, call in reversed(list(_launches(line, problems))):
                 operands = list(call.args[1])
                 if isinstance(problem, Matmul):
                     layout = layout_for(problem, self.machine)
-                elif operands[1].name in shared:
+                elif operands[1] in line.params and operands[1].name in shared:
                     layout = shared[operands[1].name]
                     problem = changed_copy(problem, layout=layout.name)
                 else:
