@@ -11,7 +11,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.core import wrap_nested
 
 from relax_llm.kernels.matmul import Matmul
-from relax_llm.layers import Conv1D, Linear, activation, concat
+from relax_llm.layers import Conv1D, Decoder, Linear, Step, activation, concat
 
 from .probes import HIDDEN, IDS, ROWS, Probe, decoder_of, execute, kernels, lower, random_weights
 
@@ -385,3 +385,28 @@ def test_probe(name: str) -> None:
     assert ours.shape == reference.shape
     assert np.isfinite(ours).all()
     assert np.abs(ours - reference).max() <= 1e-5 * max(1.0, np.abs(reference).max())
+
+
+class _TableNamedWeight(Decoder):
+    """An embedding table whose parameter has the name that passes give to what they join."""
+
+    def __init__(self) -> None:
+        self.vocab_size, self.context_length = ROWS, 64
+        self.weight = nn.Parameter((ROWS, H), "float32")
+        self.a, self.b = Linear(H, N), Linear(H, N)
+
+    def hidden_states(self, token_ids: nn.Tensor, step: Step) -> nn.Tensor:
+        x = wrap_nested(relax.op.take(self.weight._expr, token_ids._expr, axis=0), "embedding")
+        return silu(self.a(x)) * self.b(x)
+
+    def logits(self, hidden: nn.Tensor) -> nn.Tensor:
+        return hidden
+
+
+def test_names_do_not_collide() -> None:
+    decoder = _TableNamedWeight()
+    weights = random_weights(decoder)
+    ours = execute(lower(decoder), weights, IDS)
+    x = weights["weight"].astype(np.float64)[IDS]
+    reference = _silu(_apply(weights, "a", x)) * _apply(weights, "b", x)
+    np.testing.assert_allclose(ours, reference, atol=1e-5)
