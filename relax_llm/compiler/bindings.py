@@ -132,8 +132,11 @@ class Edit:
         """The changed module, without kernels that nothing calls."""
         for line in self.lines:
             self._builder.update_func(self._original.get_global_var(line.name), line.function())
-        names = [line.name for line in self.lines]
-        return relax.transform.DeadCodeElimination(names)(self._builder.get())
+        mod = self._builder.get()
+        # TVM's own elimination keeps every kernel, as each has a symbol of its own.
+        launched = {expr.args[0] for line in lines(mod) for _, _, expr in line if is_launch(expr)}
+        kept = {var: f for var, f in mod.functions_items() if var in launched or not isinstance(f, PrimFunc)}
+        return IRModule(kept, attrs=mod.attrs)
 
 
 def typed(expr: relax.Expr) -> relax.Expr:
@@ -150,6 +153,11 @@ def bind(name: str, expr: relax.Expr) -> tuple[relax.Var, relax.Expr]:
 def is_op(expr: relax.Expr | None, name: str) -> bool:
     """Whether an expression calls this operator."""
     return isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and expr.op.name == name
+
+
+def is_launch(expr: relax.Expr) -> bool:
+    """Whether an expression calls a kernel."""
+    return is_op(expr, "relax.call_tir") or is_op(expr, "relax.call_tir_inplace")
 
 
 def transposed(expr: relax.Expr | None) -> relax.Expr | None:
