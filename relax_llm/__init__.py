@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from relax_llm.checkpoint import Checkpoint, open_checkpoint
     from relax_llm.compiler.compile import compile
     from relax_llm.errors import RelaxLLMError
+    from relax_llm.plan.kernel import Declined, kernel
     from relax_llm.runtime.chat import Chat
     from relax_llm.runtime.runner import Runner
     from relax_llm.runtime.state import State
@@ -20,7 +21,9 @@ _PLACES = {
     "RelaxLLMError": "relax_llm.errors",
     "Runner": "relax_llm.runtime.runner",
     "State": "relax_llm.runtime.state",
+    "Declined": "relax_llm.plan.kernel",
     "compile": "relax_llm.compiler.compile",
+    "kernel": "relax_llm.plan.kernel",
     "load": "relax_llm.artifact.artifact",
     "open_checkpoint": "relax_llm.checkpoint",
 }
@@ -29,10 +32,12 @@ __all__ = [
     "Artifact",
     "Chat",
     "Checkpoint",
+    "Declined",
     "RelaxLLMError",
     "Runner",
     "State",
     "compile",
+    "kernel",
     "load",
     "open_checkpoint",
 ]

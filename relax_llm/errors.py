@@ -21,6 +21,10 @@ class KernelError(RelaxLLMError):
     """A kernel does not solve the problem it was given."""
 
 
+class PlanError(RelaxLLMError):
+    """A plan is not total, names unknown kernels or sites, or cannot be read."""
+
+
 class CompileError(RelaxLLMError):
     """The compiler pipeline cannot produce an artifact for this model and target."""
 

@@ -18,12 +18,14 @@ from relax_llm import cpu
 from relax_llm.artifact import weights
 from relax_llm.artifact.manifest import File, Manifest
 from relax_llm.errors import ArtifactError
+from relax_llm.plan.plan import Plan
 from relax_llm.text.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 LIBRARY = "lib.so"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
+PLAN = "plan.json"
 
 _SAMPLED = 64 * 2**20
 _SAMPLE = 4096
@@ -52,6 +54,12 @@ class Artifact:
         """The model's tokenizer, if the checkpoint had one."""
         return Tokenizer.load(self.path) if TOKENIZER in self.manifest.files else None
 
+    @cached_property
+    def plan(self) -> Plan:
+        """Which kernel serves each matmul at which sizes, and why."""
+        path = self.path / PLAN
+        return Plan.from_json(path.read_text(encoding="utf-8"), str(path))
+
     def weights(self) -> list[npt.NDArray[Any]]:
         """The packed weights, memory-mapped, in the order of the functions' argument."""
         return weights.read(self.path / WEIGHTS, self.manifest.weights)
@@ -74,8 +82,12 @@ class Artifact:
         return Artifact(target, self.manifest)
 
 
-def load(directory: str | os.PathLike[str]) -> Artifact:
+def load(directory: str | os.PathLike[str], *, for_this_machine: bool = True) -> Artifact:
     """Open an artifact and check that it is whole and made for this machine.
+
+    Args:
+        directory: Where it is.
+        for_this_machine: Refuse what this processor cannot run; else it may be looked at and copied.
 
     Raises:
         ArtifactError: A file is missing or changed, or another TVM or processor is needed.
@@ -90,7 +102,8 @@ def load(directory: str | os.PathLike[str]) -> Artifact:
     manifest = Manifest.from_json(
         manifest_path.read_text(encoding="utf-8", errors="replace"), str(manifest_path)
     )
-    _check_machine(path, manifest)
+    if for_this_machine:
+        _check_machine(path, manifest)
     for name in (LIBRARY, WEIGHTS):
         if name not in manifest.files:
             raise ArtifactError(f"{manifest_path} does not list {name}; compile the artifact again.")

@@ -1,6 +1,7 @@
 """What an artifact says of itself: manifest.json, as data."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import lru_cache
@@ -77,6 +78,12 @@ class Weight:
     recipe: str
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in memory and in the file."""
+        bits = {"bfloat16": 16}.get(self.dtype) or int("".join(filter(str.isdigit, self.dtype)))
+        return math.prod(self.shape) * bits // 8
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,11 @@ def write(file: BinaryIO, weights: Sequence[Weight], make: Callable[[Weight], Ar
         weights: Names, shapes and types.
         make: Gives one tensor's values; called once for each, and one tensor is in memory at a time.
     """
-    order = sorted(weights, key=lambda weight: _nbytes(weight) % ALIGNMENT != 0)
+    order = sorted(weights, key=lambda weight: weight.nbytes % ALIGNMENT != 0)
     header: dict[str, Any] = {}
     offset = 0
     for weight in order:
-        end = offset + _nbytes(weight)
+        end = offset + weight.nbytes
         header[weight.name] = {
             "dtype": _DTYPES[weight.dtype],
             "shape": list(weight.shape),
@@ -111,7 +111,7 @@ def _view(mapped: mmap.mmap, base: int, entry: Mapping[str, Any], weight: Weight
         tuple(entry["shape"]) != weight.shape
         or entry["dtype"] != _DTYPES[weight.dtype]
         or begin < 0
-        or end - begin != _nbytes(weight)
+        or end - begin != weight.nbytes
     ):
         raise ValueError(f"tensor {weight.name!r} differs from the manifest")
     array = np.frombuffer(mapped, np.uint8, end - begin, base + begin)
@@ -120,7 +120,3 @@ def _view(mapped: mmap.mmap, base: int, entry: Mapping[str, Any], weight: Weight
         copy.reshape(-1).view(np.uint8)[:] = array
         return copy
     return array.view(dtype_of(weight.dtype)).reshape(weight.shape)
-
-
-def _nbytes(weight: Weight) -> int:
-    return int(np.prod(weight.shape, dtype=np.int64)) * dtype_of(weight.dtype).itemsize

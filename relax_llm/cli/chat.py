@@ -29,6 +29,7 @@ def chat(
     ] = None,
     weights: o.Weights = None,
     architecture: o.Architecture = None,
+    kernels: o.Kernels = None,
     target: o.Target = None,
     threads: o.Threads = None,
     temperature: o.Temperature = None,
@@ -71,7 +72,9 @@ def chat(
         seed=seed,
     )
     model = named_or_default(model_name or model)
-    artifact = open_artifact(model, weights=weights, architecture=architecture, target=target)
+    artifact = open_artifact(
+        model, weights=weights, architecture=architecture, kernels=kernels, target=target
+    )
     conversation = Conversation(start_runner(artifact, threads), system, options, timings=timings)
     if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
         screen.hint(

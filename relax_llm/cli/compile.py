@@ -34,6 +34,7 @@ def compile_(
     ],
     weights: o.Weights = None,
     architecture: o.Architecture = None,
+    kernels: o.Kernels = None,
     target: o.Target = None,
     cache: Annotated[
         bool,
@@ -51,7 +52,13 @@ def compile_(
         )
     began = time.perf_counter()
     artifact = compile_with_notes(
-        checkpoint, weights=weights, architecture=architecture, target=target, output=output, cache=cache
+        checkpoint,
+        weights=weights,
+        architecture=architecture,
+        kernels=kernels,
+        target=target,
+        output=output,
+        cache=cache,
     )
     seconds = time.perf_counter() - began
     if json:

@@ -61,7 +61,7 @@ def env(json: o.Json = False, debug: o.Debug = False) -> None:
 
 def environment() -> dict[str, Any]:
     """Everything that `env` shows."""
-    from relax_llm.compiler.compile import cache_directory
+    from relax_llm.places import cache_directory
 
     architectures, failure = _architectures()
     return {

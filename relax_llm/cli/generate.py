@@ -23,6 +23,7 @@ def generate(
     model: o.Model = None,
     weights: o.Weights = None,
     architecture: o.Architecture = None,
+    kernels: o.Kernels = None,
     target: o.Target = None,
     threads: o.Threads = None,
     temperature: o.Temperature = None,
@@ -86,7 +87,9 @@ def generate(
         raise InputError("The prompt is empty; give some text.")
     given = answers.parse_ids(prompt) if ids else prompt
     model = named_or_default(model)
-    artifact = open_artifact(model, weights=weights, architecture=architecture, target=target)
+    artifact = open_artifact(
+        model, weights=weights, architecture=architecture, kernels=kernels, target=target
+    )
     if artifact.tokenizer is None and not ids:
         raise InputError(
             f"{model} has no tokenizer, so there is no text to continue; give token ids with --ids."

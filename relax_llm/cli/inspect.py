@@ -6,6 +6,7 @@ import typer
 
 from relax_llm.cli import options as o, screen
 from relax_llm.cli.models import named_or_default
+from relax_llm.errors import InputError
 
 
 def inspect(
@@ -29,8 +30,16 @@ def inspect(
     weights_table: Annotated[
         bool, typer.Option("--weights-table", help="List the packed weights and what they are made from.")
     ] = False,
+    explain: Annotated[
+        str | None,
+        typer.Option("--explain", metavar="SITE", help="Say which kernels serve a site, and why."),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", "-M", metavar="M", help="With --explain: at this many rows only.")
+    ] = None,
     weights: o.Weights = None,
     architecture: o.Architecture = None,
+    kernels: o.Kernels = None,
     target: o.Target = None,
     json: o.Json = False,
     debug: o.Debug = False,
@@ -39,8 +48,13 @@ def inspect(
     from relax_llm.cli import report
 
     path, manifest = report.open_manifest(
-        named_or_default(model), weights=weights, architecture=architecture, target=target
+        named_or_default(model), weights=weights, architecture=architecture, kernels=kernels, target=target
     )
+    if explain is not None:
+        report.explain(path, manifest, explain, rows, json=json)
+        return
+    if rows is not None:
+        raise InputError("--rows goes with --explain SITE.")
     asked = report.Report(
         path, manifest, function, report.sizes_at(at, manifest, function), sites, weights_table
     )

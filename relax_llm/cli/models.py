@@ -59,7 +59,12 @@ def named_or_default(model: str | None) -> str:
 
 
 def open_artifact(
-    model: str, *, weights: str | None = None, architecture: str | None = None, target: str | None = None
+    model: str,
+    *,
+    weights: str | None = None,
+    architecture: str | None = None,
+    kernels: list[str] | None = None,
+    target: str | None = None,
 ) -> "Artifact":
     """Load an artifact, or compile a checkpoint by way of the cache, with bars on a terminal.
 
@@ -71,28 +76,34 @@ def open_artifact(
     from relax_llm.artifact.artifact import load
 
     if is_artifact(model):
-        refuse_compile_options(model, weights=weights, architecture=architecture, target=target)
+        refuse_compile_options(
+            model, weights=weights, architecture=architecture, kernels=kernels, target=target
+        )
         artifact = load(Path(model).expanduser())
         for text in artifact.manifest.notes:
             screen.note(text)
         return artifact
-    return compile_with_notes(model, weights=weights, architecture=architecture, target=target)
+    return compile_with_notes(
+        model, weights=weights, architecture=architecture, kernels=kernels, target=target
+    )
 
 
-def refuse_compile_options(model: str, **given: str | None) -> None:
+def refuse_compile_options(model: str, **given: str | list[str] | None) -> None:
     """Refuse options that choose how to compile for what is compiled already.
 
     Raises:
         InputError: One of them is not None.
     """
-    named = " and ".join(f"--{name}" for name, value in given.items() if value is not None)
+    named = " and ".join(f"--{name}" for name, value in given.items() if value)
     if named:
         raise InputError(
             f"{model} is compiled already, so {named} cannot change it; compile its checkpoint again."
         )
 
 
-def compile_with_notes(model: str, *, weights: str | None = None, **options: Any) -> "Artifact":
+def compile_with_notes(
+    model: str, *, weights: str | None = None, kernels: list[str] | None = None, **options: Any
+) -> "Artifact":
     """Compile a checkpoint with bars on a terminal, printing warnings and notes once each.
 
     Raises:
@@ -102,7 +113,9 @@ def compile_with_notes(model: str, *, weights: str | None = None, **options: Any
 
     bars = InterruptibleBars()
     with _warnings_as_notes() as shown, bars.listening():
-        artifact = compile_checkpoint(model, weights=weights or "f32", progress=bars, **options)
+        artifact = compile_checkpoint(
+            model, weights=weights or "f32", kernels=kernels or (), progress=bars, **options
+        )
     for text in artifact.manifest.notes:
         if text not in shown:
             screen.note(text)

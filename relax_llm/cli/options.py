@@ -33,6 +33,15 @@ Architecture = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Kernels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kernels",
+        metavar="FILE",
+        help="A Python file with kernels of yours; may be repeated.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Target = Annotated[
     str | None,
     typer.Option(

@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from relax_llm.artifact import formulas
-from relax_llm.artifact.artifact import LIBRARY, MANIFEST, WEIGHTS, load
+from relax_llm.artifact.artifact import LIBRARY, MANIFEST, WEIGHTS, Artifact, load
 from relax_llm.artifact.manifest import Kernel, Manifest
 from relax_llm.cli import screen, tables
 from relax_llm.cli.kernel_table import kernel_uses, parse_sizes, problem_text, shapes_text, symbols
@@ -36,7 +36,7 @@ class Report:
     weights: bool
 
 
-def open_manifest(model: str, **options: str | None) -> tuple[Path, Manifest]:
+def open_manifest(model: str, **options: Any) -> tuple[Path, Manifest]:
     """The manifest of an artifact, or of what a checkpoint is compiled into.
 
     An artifact that cannot run here can be looked at all the same; that it cannot is worth a note.
@@ -173,6 +173,20 @@ def _show_total(report: Report) -> None:
         f"\n{report.function} at {at}: {total['launches']} launches, {tables.quantity(total['flops'], 'flop')}, "
         f"{tables.quantity(total['bytes'], 'B')}\n"
     )
+
+
+def explain(path: Path, manifest: Manifest, site: str, rows: int | None, *, json: bool) -> None:
+    """Say which kernels serve a site, at one number of rows or at all.
+
+    Raises:
+        PlanError: The plan has no such site.
+    """
+    plan = Artifact(path, manifest).plan
+    text = plan.explain(site, rows)
+    if json:
+        screen.json_document({"site": site, **asdict(plan.at(site))})
+    else:
+        screen.write(f"{text}\n")
 
 
 def _total(report: Report) -> dict[str, Any]:

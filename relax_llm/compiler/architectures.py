@@ -1,14 +1,13 @@
 """Finding the architecture of a checkpoint: built in, or a user's class or file."""
 
 import importlib
-import importlib.util
 import inspect
 import pkgutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from relax_llm.compiler import user_file
 from relax_llm.errors import ArchitectureError
 from relax_llm.layers import Decoder
 
@@ -54,20 +53,7 @@ def find(config: Mapping[str, Any], choice: Choice = None) -> type[Decoder]:
 
 
 def _from_file(path: Path, config: Mapping[str, Any]) -> type[Decoder]:
-    if not path.is_file():
-        raise ArchitectureError(f"The architecture file {path} does not exist.")
-    name = f"relax_llm_user_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ArchitectureError(f"The architecture file {path} cannot be read as Python.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ArchitectureError(
-            f"The architecture file {path} fails: {type(error).__name__}: {error}."
-        ) from error
+    module = user_file.run(path, "architecture", ArchitectureError)
     found = _decoders(module)
     fitting = [decoder for decoder in found if config.get("model_type") in decoder.model_types] or found
     if len(fitting) != 1:

@@ -11,6 +11,7 @@ from tvm.relax.analysis import free_vars
 from tvm.tirx import PrimFunc
 
 from relax_llm.errors import CompileError
+from relax_llm.kernels.dispatch import INTERNAL
 from relax_llm.kernels.problem import Problem, problem_of
 
 
@@ -114,14 +115,13 @@ class Edit:
         self.lines = lines(mod)
         self._original = mod
         self._builder = relax.BlockBuilder(mod.clone())
-        self._kernels: dict[Problem, ir.GlobalVar] = {}
+        self._kernels: dict[str, ir.GlobalVar] = {}
 
-    def kernel(self, problem: Problem, make: Callable[[], PrimFunc]) -> ir.GlobalVar:
-        """The module's function for a problem; made on first use."""
-        if problem not in self._kernels:
-            func = make()
-            self._kernels[problem] = self._builder.add_func(func, str(func.attrs["global_symbol"]))
-        return self._kernels[problem]
+    def kernel(self, name: str, make: Callable[[], PrimFunc]) -> ir.GlobalVar:
+        """The module's function of this name; made on first use."""
+        if name not in self._kernels:
+            self._kernels[name] = self._builder.add_func(make(), name)
+        return self._kernels[name]
 
     def problems(self) -> dict[ir.GlobalVar, Problem | None]:
         """The problem that each kernel of the original module solves."""
@@ -135,7 +135,11 @@ class Edit:
         mod = self._builder.get()
         # TVM's own elimination keeps every kernel, as each has a symbol of its own.
         launched = {expr.args[0] for line in lines(mod) for _, _, expr in line if is_launch(expr)}
-        kept = {var: f for var, f in mod.functions_items() if var in launched or not isinstance(f, PrimFunc)}
+        kept = {
+            var: func
+            for var, func in mod.functions_items()
+            if var in launched or not isinstance(func, PrimFunc) or INTERNAL in func.attrs
+        }
         return IRModule(kept, attrs=mod.attrs)
 
 

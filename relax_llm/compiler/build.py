@@ -1,6 +1,8 @@
 """Making an artifact: trace, run the pipeline, generate code, pack weights."""
 
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import tvm_ffi
 from tvm import relax
 from tvm.support import cc
 
-from relax_llm.artifact.artifact import LIBRARY, WEIGHTS, finish, versions
+from relax_llm import cpu
+from relax_llm.artifact.artifact import LIBRARY, PLAN, WEIGHTS, finish, versions
 from relax_llm.artifact.manifest import Cache, Manifest, Weight
 from relax_llm.artifact.weights import write
 from relax_llm.checkpoint import Checkpoint
@@ -18,15 +21,16 @@ from relax_llm.compiler.export import export
 from relax_llm.compiler.parameters import match, reader
 from relax_llm.compiler.passes.lift_weights import weight_recipes
 from relax_llm.compiler.pipeline import lowering, pipeline, run
+from relax_llm.compiler.planner import Planner
 from relax_llm.compiler.recipes import Array, Recipe, joined_name
-from relax_llm.errors import CompileError, TokenizerError
-from relax_llm.kernels.machine import Machine
+from relax_llm.errors import ArtifactError, CompileError, TokenizerError
+from relax_llm.kernels.machine import CODE_GENERATION, Machine
 from relax_llm.layers import Decoder, Fields
 from relax_llm.layers.decoder import attention_layers
+from relax_llm.plan.kernel import Kernel
 from relax_llm.progress import Progress
 
-CODE_GENERATION = {"tirx.disable_storage_rewrite": True}
-"""TVM's options: its storage rewriting forgets which buffers belong on the stack (see `kernels.builder.local`)."""
+_CODE_SPACE = 64 * 2**20  # bytes; for objects and the linked library
 
 # Ctrl-C in a pass that is written in Python comes back through C++; unregistered it would come as a RuntimeError.
 tvm_ffi.register_error("KeyboardInterrupt", KeyboardInterrupt)
@@ -39,6 +43,7 @@ def build(
     directory: Path,
     progress: Progress,
     warn: Callable[[str], None],
+    kernels: Sequence[Kernel] = (),
 ) -> None:
     """Compile a checkpoint into an empty directory.
 
@@ -51,17 +56,19 @@ def build(
     tensors = match(checkpoint, decoder)
     with progress.task("Tracing", 1):
         mod = export(decoder, machine)
-    passes = pipeline(machine)
+    planner = Planner(machine, kernels)
+    passes = pipeline(planner)
     with progress.task("Passes", len(passes)) as advance:
         for step in passes:
             mod = step(mod)
             advance(1)
     calls = launches.functions(mod)
-    kernels = launches.kernels(mod, calls)
     recipes = weight_recipes(mod)
     weights = _weights(mod, recipes)
+    _check_space(directory, sum(weight.nbytes for weight in weights))
     with progress.task("Compiling kernels", 1):
-        _library(run(mod, lowering()), machine, directory / LIBRARY)
+        _library(run(mod, lowering()), machine, directory / LIBRARY, planner.objects())
+    (directory / PLAN).write_text(planner.plan().to_json(), encoding="utf-8")
     warnings: list[str] = []
 
     def note(text: str) -> None:
@@ -97,22 +104,41 @@ def build(
                 Cache(site, a.kv_heads, a.head_dim) for site, a in attention_layers(decoder).items()
             ),
             weights=tuple(weights),
-            kernels=kernels,
+            kernels=launches.kernels(mod, calls),
             functions=calls,
             notes=tuple(notes),
         ),
     )
 
 
-def _library(mod: tvm.IRModule, machine: Machine, path: Path) -> None:
+def _check_space(directory: Path, weights: int) -> None:
+    """Refuse to begin what cannot end: on a full disk LLVM ends the whole process."""
+    for place, needed in ((directory, weights + _CODE_SPACE), (Path(tempfile.gettempdir()), _CODE_SPACE)):
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise ArtifactError(
+                f"{place} has {free / 1e6:,.0f} MB free, and {needed / 1e6:,.0f} MB are needed; make room, or set "
+                "XDG_CACHE_HOME, TMPDIR or the output to another disk."
+            )
+
+
+def _library(mod: tvm.IRModule, machine: Machine, path: Path, objects: Sequence[bytes]) -> None:
+    """Generate code and link it, with the objects of kernels that came as C, into one shared library."""
     if cc.get_cc() is None:
         raise CompileError(
             "A C++ compiler is needed to link the kernels and none was found; install g++ or clang, or set CXX."
         )
+    if machine.architecture != cpu.architecture():
+        raise CompileError(
+            f"The library for {machine.name} cannot be linked on {cpu.architecture()}; compile on such a machine."
+        )
     try:
-        with tvm.transform.PassContext(config=CODE_GENERATION):
+        with tvm.transform.PassContext(config=CODE_GENERATION), tempfile.TemporaryDirectory() as directory:
+            files = [Path(directory) / f"kernel{index}.o" for index in range(len(objects))]
+            for file, data in zip(files, objects, strict=True):
+                file.write_bytes(data)
             executable = relax.build(mod, machine.target, relax_pipeline=tvm.transform.Sequential([]))
-        executable.export_library(str(path))
+            executable.export_library(str(path), addons=[str(file) for file in files])
     except (RuntimeError, ValueError) as error:
         raise CompileError(f"Generating code for {machine.name} failed: {error}") from error
 

@@ -1,13 +1,14 @@
 """`compile`: from a checkpoint to an artifact, by way of a cache. Imports TVM only when there is work to do."""
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,19 @@ from typing import TYPE_CHECKING, Any
 from relax_llm import cpu
 from relax_llm.artifact.artifact import Artifact, load, replacing, versions
 from relax_llm.checkpoint import Checkpoint, open_checkpoint
+from relax_llm.compiler.user_kernels import gather
 from relax_llm.errors import ArchitectureError, ArtifactError, CompileError
+from relax_llm.places import cache_directory
+from relax_llm.plan.kernel import Kernel
 from relax_llm.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from relax_llm.layers import Decoder
 
 WEIGHT_FORMATS = ("f32",)
+
+_MAKE_NO_ARTIFACTS = ("cli", "runtime")
+"""Parts of this package that what is compiled does not depend on."""
 
 
 def compile(
@@ -30,6 +37,7 @@ def compile(
     weights: str = "f32",
     architecture: "type[Decoder] | str | os.PathLike[str] | None" = None,
     target: str | None = None,
+    kernels: Sequence[Kernel | str | os.PathLike[str]] = (),
     output: str | os.PathLike[str] | None = None,
     cache: bool = True,
     progress: Progress | None = None,
@@ -42,6 +50,9 @@ def compile(
         architecture: A subclass of `relax_llm.layers.Decoder`, or a Python file with one; by default the built-in one
             for the checkpoint's model_type.
         target: The processor to compile for: an x86-64 level such as "x86-64-v3"; by default this machine's.
+        kernels: Kernels of yours, made with `relax_llm.kernel`, or Python files with some. They come before the
+            built-in ones, in this order; after them those of installed packages, by the entry point group
+            "relax_llm.kernels".
         output: Where to put the artifact; by default the cache, whence `Artifact.save` copies it.
         cache: Whether an equal compilation made earlier may be used.
         progress: Where to report to.
@@ -52,6 +63,7 @@ def compile(
     Raises:
         CheckpointError: The checkpoint cannot be read or does not fit the architecture.
         ArchitectureError: No architecture fits.
+        KernelError: A kernel of yours is wrong, or cannot be used.
         CompileError: An option is not known, or code generation failed.
         ArtifactError: The output or the cache cannot be written.
     """
@@ -60,12 +72,13 @@ def compile(
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     if output is None and not cache:
         raise CompileError("Without the cache an output directory is needed: pass output=DIR.")
-    place = cache_directory() / "artifacts" / _key(opened, weights, architecture, target)
+    chosen = gather(kernels)
+    place = cache_directory() / "artifacts" / _key(opened, weights, architecture, target, chosen)
 
     def make(directory: Path) -> Artifact:
         with replacing(directory) as temporary:
-            _build(opened, architecture, target, temporary, progress or Silent())
-        return load(directory)
+            _build(opened, architecture, target, chosen, temporary, progress or Silent())
+        return load(directory, for_this_machine=target is None)
 
     if output is not None:
         found = _cached(place) if cache else None
@@ -75,7 +88,12 @@ def compile(
 
 
 def _build(
-    checkpoint: Checkpoint, architecture: Any, target: str | None, directory: Path, progress: Progress
+    checkpoint: Checkpoint,
+    architecture: Any,
+    target: str | None,
+    kernels: Sequence[Kernel],
+    directory: Path,
+    progress: Progress,
 ) -> None:
     with progress.task("Loading the compiler", 1):
         from relax_llm.compiler.architectures import find
@@ -89,6 +107,7 @@ def _build(
         directory,
         progress,
         lambda text: warnings.warn(text, RuntimeWarning, stacklevel=6),
+        kernels,
     )
 
 
@@ -100,7 +119,9 @@ def _cached(place: Path) -> Artifact | None:
         return None
 
 
-def _key(checkpoint: Checkpoint, weights: str, architecture: Any, target: str | None) -> str:
+def _key(
+    checkpoint: Checkpoint, weights: str, architecture: Any, target: str | None, kernels: Sequence[Kernel]
+) -> str:
     """Everything that the artifact depends on, as a name."""
     parts = {
         "checkpoint": checkpoint.fingerprint,
@@ -108,11 +129,26 @@ def _key(checkpoint: Checkpoint, weights: str, architecture: Any, target: str | 
         "weights": weights,
         "architecture": _source_of(architecture),
         "target": target or [cpu.architecture(), sorted(cpu.features())],
+        "kernels": [_kernel_source(kernel) for kernel in kernels],
         "versions": versions(),
         "package": _package_digest(),
     }
     digest = hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16)
     return f"{checkpoint.path.stem[:40]}-{weights}-{digest.hexdigest()}"
+
+
+def _kernel_source(kernel: Kernel) -> list[str]:
+    """A kernel's record and the whole file it comes from: it may use any of it."""
+    fields = [str(value) for key, value in sorted(vars(kernel).items()) if key != "make"]
+    module = sys.modules.get(kernel.make.__module__)
+    file = inspect.getsourcefile(kernel.make) or getattr(module, "__file__", None)
+    captured = [repr(cell.cell_contents) for cell in kernel.make.__closure__ or ()]
+    source = (
+        Path(file).read_text(encoding="utf-8")
+        if file and Path(file).is_file()
+        else kernel.make.__code__.co_code.hex()
+    )
+    return [*fields, *captured, source]
 
 
 def _source_of(architecture: Any) -> str:
@@ -151,15 +187,11 @@ def _package_digest() -> str:
     digest = hashlib.blake2b(digest_size=16)
     for root in (*relax_llm.__path__, *relax_llm.models.__path__):
         for file in sorted(Path(root).rglob("*.py")):
-            digest.update(str(file.relative_to(root)).encode())
-            digest.update(file.read_bytes())
+            name = file.relative_to(root)
+            if name.parts[0] not in _MAKE_NO_ARTIFACTS:
+                digest.update(str(name).encode())
+                digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def cache_directory() -> Path:
-    """Where compiled artifacts are kept when no output is named: under XDG_CACHE_HOME, or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "relax_llm"
 
 
 @contextmanager
@@ -167,7 +199,7 @@ def _locked(place: Path) -> Iterator[None]:
     """Hold a lock, so that of two processes that want the same artifact one makes it and the other waits."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with place.with_suffix(".lock").open("w") as file:
+        with place.with_name(f"{place.name}.lock").open("w") as file:
             _flock()(file.fileno())
             yield
     except OSError as error:

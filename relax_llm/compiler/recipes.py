@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from relax_llm.kernels.layout import Tiled
+from relax_llm.kernels.layout import parse
 
 Array = npt.NDArray[Any]
 
@@ -80,7 +80,7 @@ class Pack:
 
     def make(self, read: Callable[[str], Array]) -> Array:
         """A new array."""
-        return Tiled.parse(self.layout).pack(self.of.make(read))
+        return parse(self.layout).pack(self.of.make(read))
 
     def sources(self) -> list[str]:
         """The parameters this is made from."""

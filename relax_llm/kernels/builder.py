@@ -84,6 +84,10 @@ class Registers:
     def get(self, row: int, index: int) -> Expr:
         return load(self._cells[row][index], 0, lanes=self.vectors[index][1])
 
+    def part(self, row: int, index: int, lanes: int) -> Expr:
+        """The first lanes of a vector."""
+        return load(self._cells[row][index], 0, lanes=lanes)
+
     def set(self, row: int, index: int, value: Expr) -> None:
         store(self._cells[row][index], value, 0, lanes=self.vectors[index][1])
 

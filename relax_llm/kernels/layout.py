@@ -7,6 +7,21 @@ import numpy.typing as npt
 
 
 @dataclass(frozen=True)
+class Plain:
+    """[N, K], as in the checkpoint."""
+
+    name: str = "plain"
+
+    def shape(self, n: int, k: int) -> tuple[int, int]:
+        """Shape of the matrix."""
+        return n, k
+
+    def pack(self, weight: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        """The matrix, its rows one after the other in memory."""
+        return np.ascontiguousarray(weight)
+
+
+@dataclass(frozen=True)
 class Tiled:
     """Panels of `cols` outputs, each stored reduction-major: [ceil(N / cols), K, cols], the last one padded with zeros.
 
@@ -25,11 +40,6 @@ class Tiled:
     def name(self) -> str:
         """The name that recipes and manifests use."""
         return f"tiled{self.cols}" + ("_gated" if self.gated else "")
-
-    @staticmethod
-    def parse(name: str) -> "Tiled":
-        """The layout of this name."""
-        return Tiled(int(name.removeprefix("tiled").removesuffix("_gated")), name.endswith("_gated"))
 
     def panels(self, n: int) -> int:
         """How many panels hold a matrix of n outputs."""
@@ -58,6 +68,16 @@ class Tiled:
         else:
             _fill(packed, weight)
         return packed
+
+
+Layout = Plain | Tiled
+
+
+def parse(name: str) -> Layout:
+    """The layout of this name."""
+    if name == "plain":
+        return Plain()
+    return Tiled(int(name.removeprefix("tiled").removesuffix("_gated")), name.endswith("_gated"))
 
 
 def _fill(panels: npt.NDArray[np.generic], weight: npt.NDArray[np.generic]) -> None:

@@ -8,7 +8,7 @@ from tvm.tirx.script.builder import ir as T
 
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.layout import Tiled
+from relax_llm.kernels.layout import Tiled, parse
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.problem import Problem, tag
 
@@ -42,7 +42,7 @@ class Embedding(Problem):
 def embedding(problem: Embedding, machine: Machine) -> PrimFunc:
     """ids [batch, seq] int32, table [rows, hidden] or packed -> out [batch, seq, hidden]."""
     hidden = problem.hidden
-    layout = Tiled.parse(problem.layout) if problem.layout else None
+    layout = parse(problem.layout) if problem.layout else None
 
     def emit() -> None:
         batch, seq = b.size("batch"), b.size("seq")
@@ -54,7 +54,7 @@ def embedding(problem: Embedding, machine: Machine) -> PrimFunc:
 
         def task(row: Expr) -> None:
             index = b.let("index", T.cast(ids[row], "int64"))
-            if layout is None:
+            if not isinstance(layout, Tiled):
                 b.sweep(
                     hidden, lambda at, n: b.store(out, b.load(table, index, at, lanes=n), row, at, lanes=n)
                 )

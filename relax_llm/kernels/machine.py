@@ -10,6 +10,10 @@ from relax_llm.errors import CompileError
 # Extensions worth using on top of a level: /proc/cpuinfo's name and LLVM's.
 _EXTENSIONS = {"avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16", "avx_vnni": "avxvnni"}
 
+CODE_GENERATION = {"tirx.disable_storage_rewrite": True}
+"""TVM's options for code generation: its storage rewriting forgets which buffers belong on the stack (see
+`kernels.builder.local`)."""
+
 LANES = 16
 """f32 lanes of every vector in the kernels; LLVM splits them where registers are narrower."""
 
@@ -36,6 +40,20 @@ class Machine:
     def target(self) -> Target:
         """The TVM target that generates code for this machine."""
         return Target(dict(self.options))
+
+    @property
+    def architecture(self) -> str:
+        """The instruction set family, as `relax_llm.cpu.architecture` spells it."""
+        return "x86_64" if self.name in cpu.X86_LEVELS else self.name
+
+    @property
+    def c_flags(self) -> list[str]:
+        """What tells a C compiler to use the same instructions."""
+        flags = self.options.get("mattr")
+        extra = [flag[1:] for flag in flags if flag.startswith("+avx")] if isinstance(flags, list) else []
+        if self.name in cpu.X86_LEVELS:
+            return [f"-march={self.name}", *(f"-m{flag}" for flag in extra)]
+        return []
 
     @property
     def accumulators(self) -> int:

@@ -4,16 +4,20 @@ x is [batch, seq, K]; a launch sees M = batch * seq rows. The weight is [N, K], 
 first half as gate and the second as up.
 """
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 from tvm import te, tirx
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.layout import Tiled
+from relax_llm.kernels.layout import Layout, Plain, Tiled
 from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.problem import Problem, tag
 from relax_llm.kernels.vectormath import ACTIVATIONS
@@ -63,42 +67,82 @@ def arguments(problem: Matmul) -> list[str]:
     return ["x", "weight", *optional, "out"]
 
 
-def default(problem: Matmul) -> PrimFunc:
+def definition(problem: Matmul, *, flat: bool = False) -> PrimFunc:
     """The definition: plain loops over the weight as it is in the checkpoint, to be scheduled or replaced.
 
     Before and after the fusion that asks for it::
 
-        h = R.add(r, R.matmul(x, R.permute_dims(w)))      h = R.call_tir(loops_matmul_n576_k1536_residual, (x, w, r))
+        h = R.add(r, R.matmul(x, R.permute_dims(w)))
+        h = R.call_tir(loops_matmul_n576_k1536_residual, (x, w, r))
+
+    Args:
+        problem: What to compute.
+        flat: Take x as [M, K], as kernels do, and not as [batch, seq, K].
     """
-    batch, seq = tirx.Var("batch", "int64"), tirx.Var("seq", "int64")
-    x = te.placeholder((batch, seq, problem.k), name="x")
+    names = ("M",) if flat else ("batch", "seq")
+    outer = tuple(tirx.Var(name, "int64") for name in names)
+    x = te.placeholder((*outer, problem.k), name="x")
     weight = te.placeholder((problem.n, problem.k), name="weight")
     k = te.reduce_axis((0, problem.k), name="k")
     product = te.compute(
-        (batch, seq, problem.n), lambda i, j, n: te.sum(x[i, j, k] * weight[n, k], axis=k), name="matmul"
+        (*outer, problem.n),
+        lambda *at: te.sum(x[_ending(at, k)] * weight[at[-1], k], axis=k),
+        name="matmul",
     )
-    inputs = [x, weight]
+    inputs, out = [x, weight], product
     if problem.bias:
         bias = te.placeholder((problem.n,), name="bias")
         inputs.append(bias)
-        product = te.compute(product.shape, lambda i, j, n: product[i, j, n] + bias[n], name="biased")
-    activate = _SCALAR[problem.activation] if problem.activation else lambda value: value
+        out = te.compute(product.shape, lambda *at: product[at] + bias[at[-1]], name="biased")
+    biased = out
+    activate = _SCALAR[problem.activation] if problem.activation else None
     half = problem.outputs
     if problem.gated:
         out = te.compute(
-            (batch, seq, half),
-            lambda i, j, n: activate(product[i, j, n]) * product[i, j, n + half],
+            (*outer, half),
+            lambda *at: (activate or _identity)(biased[at]) * biased[_ending(at, at[-1] + half)],
             name="gated",
         )
-    else:
-        out = te.compute(product.shape, lambda i, j, n: activate(product[i, j, n]), name="activated")
+    elif activate:
+        out = te.compute(product.shape, lambda *at: activate(biased[at]), name="activated")
     if problem.residual:
-        residual = te.placeholder((batch, seq, half), name="residual")
+        residual = te.placeholder((*outer, half), name="residual")
         inputs.append(residual)
         summed = out
-        out = te.compute(summed.shape, lambda i, j, n: summed[i, j, n] + residual[i, j, n], name="summed")
+        out = te.compute(summed.shape, lambda *at: summed[at] + residual[at], name="summed")
     func = te.create_prim_func([*inputs, out])
     return tag(func.with_attr("global_symbol", f"loops_{problem.name}"), problem)
+
+
+def reference(problem: Matmul, inputs: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float64]:
+    """The result in float64.
+
+    Args:
+        problem: What to compute.
+        inputs: "x" [M, K], "weight" [N, K] as in the checkpoint, and where the problem has them "bias" [N] and
+            "residual" [M, outputs].
+
+    Returns:
+        [M, outputs].
+    """
+    values = {name: value.astype(np.float64) for name, value in inputs.items()}
+    product = values["x"] @ values["weight"].T
+    if problem.bias:
+        product = product + values["bias"]
+    gate = product[:, : problem.outputs]
+    out: npt.NDArray[np.float64] = _FLOAT64[problem.activation](gate) if problem.activation else gate
+    if problem.gated:
+        out = out * product[:, problem.outputs :]
+    return out + values["residual"] if problem.residual else out
+
+
+def _ending(at: tuple[Expr, ...], last: Expr) -> tuple[Expr, ...]:
+    """Indices with another one for the last axis."""
+    return (*at[:-1], last)
+
+
+def _identity(x: Expr) -> Expr:
+    return x
 
 
 def _gelu_tanh(x: Expr) -> Expr:
@@ -110,6 +154,13 @@ _SCALAR = {
     "gelu": lambda x: 0.5 * x * (1.0 + tirx.erf(x * 0.7071067811865476)),
     "gelu_tanh": _gelu_tanh,
     "relu": lambda x: tirx.max(x, tirx.const(0.0, "float32")),
+}
+
+_FLOAT64: dict[str, Callable[[Any], Any]] = {
+    "silu": lambda x: x / (1.0 + np.exp(-x)),
+    "gelu": lambda x: 0.5 * x * (1.0 + np.vectorize(math.erf)(x * math.sqrt(0.5))),
+    "gelu_tanh": lambda x: 0.5 * x * (1.0 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0.0),
 }
 
 
@@ -132,14 +183,19 @@ def layout_for(problem: Matmul, machine: Machine) -> Tiled:
     return Tiled(tile_for(machine).cols, problem.gated)
 
 
-def tiled(problem: Matmul, machine: Machine) -> PrimFunc:
+def layout_named(name: str, problem: Matmul, machine: Machine) -> Layout:
+    """The layout that a kernel's record names: "plain", or "tiled" for this machine's own."""
+    return Plain() if name == "plain" else layout_for(problem, machine)
+
+
+def tiled(problem: Matmul, machine: Machine, *, flat: bool = False) -> PrimFunc:
     """A register-tiled product over a packed weight, exact for every M.
 
     Each task owns one panel of the weight, which stays in its core's cache while the rows of x stream by. The rows
     are cut into tiles of equal height, give or take one, and every height has its own unrolled micro-kernel: no row
     is padded, and none is left to a slow tail.
 
-    The weight argument has the shape of `layout_for(problem, machine)`.
+    The weight argument has the shape of `layout_for(problem, machine)`; x is [batch, seq, K], or [M, K] where `flat`.
     """
     tile = tile_for(machine)
     layout = layout_for(problem, machine)
@@ -148,13 +204,13 @@ def tiled(problem: Matmul, machine: Machine) -> PrimFunc:
     per_panel = tile.cols // 2 if problem.gated else tile.cols
 
     def emit() -> None:
-        batch, seq = b.size("batch"), b.size("seq")
-        x_arg = b.argument("x", (batch, seq, problem.k))
+        outer = (b.size("M"),) if flat else (b.size("batch"), b.size("seq"))
+        x_arg = b.argument("x", (*outer, problem.k))
         weight = b.argument("weight", layout.shape(problem.n, problem.k))
         bias = b.argument("bias", (problem.n,)) if problem.bias else None
-        residual_arg = b.argument("residual", (batch, seq, outputs)) if problem.residual else None
-        out_arg = b.argument("out", (batch, seq, outputs))
-        m = batch * seq
+        residual_arg = b.argument("residual", (*outer, outputs)) if problem.residual else None
+        out_arg = b.argument("out", (*outer, outputs))
+        m = math.prod(outer[1:], start=outer[0])
         x, out = b.view(x_arg, (m, problem.k)), b.view(out_arg, (m, outputs))
         residual = b.view(residual_arg, (m, outputs)) if problem.residual else None
 

@@ -1,54 +1,19 @@
 """The virtual machine of a compiled library, by way of TVM's C++ runtime alone: no compiler is loaded."""
 
-import ctypes
-import importlib.util
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from relax_llm import cpu
+from relax_llm import cpu, ffi
 from relax_llm.errors import ArtifactError, InputError
 
 Array = npt.NDArray[Any]
 
 _CPU, _POOLED = 1, 2
-
-
-@contextmanager
-def _without_torch() -> Iterator[None]:
-    """Keep TVM's FFI from importing PyTorch just because it is installed: that takes a second and 200 MB."""
-    absent = "torch" not in sys.modules
-    if absent:
-        sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if absent:
-            del sys.modules["torch"]
-
-
-@lru_cache(maxsize=1)
-def _ffi() -> Any:
-    """TVM's FFI with the runtime library loaded."""
-    os.environ.setdefault("TVM_NUM_THREADS", str(cpu.cores()))
-    os.environ.setdefault("TVM_BIND_THREADS", "0")
-    with _without_torch():
-        import tvm_ffi
-    spec = importlib.util.find_spec("tvm")
-    for location in (spec and spec.submodule_search_locations) or ():
-        for name in ("libtvm_runtime.so", "libtvm_runtime.dylib"):
-            library = Path(location) / "lib" / name
-            if library.is_file():
-                ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-                return tvm_ffi
-    raise ArtifactError("TVM's runtime library is not installed; `pip install apache-tvm` brings it.")
 
 
 def set_threads(count: int) -> None:
@@ -59,7 +24,11 @@ def set_threads(count: int) -> None:
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise InputError(f"The number of threads must be a positive whole number, not {count!r}.")
-    if _ffi.cache_info().currsize and os.environ.get("TVM_NUM_THREADS") != str(count):
+    if (
+        count > cpu.cores()
+    ):  # threads of a kernel wait for each other by spinning: more than cores wait for ever
+        raise InputError(f"{count} threads are more than the {cpu.cores()} cores of this process.")
+    if ffi.is_loaded() and os.environ.get("TVM_NUM_THREADS") != str(count):
         raise InputError(
             f"This process already uses {os.environ.get('TVM_NUM_THREADS')} threads; "
             "set the number before the first Runner."
@@ -69,17 +38,17 @@ def set_threads(count: int) -> None:
 
 def tensor(array: Array) -> Any:
     """A TVM view of NumPy memory, without a copy."""
-    return _ffi().from_dlpack(array)
+    return ffi.runtime().from_dlpack(array)
 
 
 def shape(*sizes: int) -> Any:
     """A TVM shape."""
-    return _ffi().Shape(sizes)
+    return ffi.runtime().Shape(sizes)
 
 
 def pack(tensors: Sequence[Any]) -> Any:
     """Tensors as one tuple argument."""
-    return _ffi().convert(list(tensors))
+    return ffi.runtime().convert(list(tensors))
 
 
 def numpy(result: Any) -> Array:
@@ -115,10 +84,10 @@ class VirtualMachine:
         Raises:
             ArtifactError: It cannot be loaded.
         """
-        ffi = _ffi()
+        runtime = ffi.runtime()
         self._library = library
         try:
-            self._module = ffi.load_module(_loadable(library))
+            self._module = runtime.load_module(_loadable(library))
             self._vm = self._module["vm_load_executable"]()
             self._vm["vm_initialization"](_CPU, 0, _POOLED)
         except (RuntimeError, OSError, AttributeError) as error:

@@ -13,11 +13,11 @@ from tvm_ffi import Shape
 
 from relax_llm import cpu, layers
 from relax_llm.artifact.weights import aligned
-from relax_llm.compiler.build import CODE_GENERATION
 from relax_llm.compiler.export import export
 from relax_llm.compiler.passes.lift_weights import weight_recipes
 from relax_llm.compiler.pipeline import lowering, pipeline, run
-from relax_llm.kernels.machine import machine
+from relax_llm.compiler.planner import Planner
+from relax_llm.kernels.machine import CODE_GENERATION, machine
 from relax_llm.kernels.problem import Problem, problem_of
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def decoder_of(probe: Probe) -> layers.Decoder:
 
 def lower(decoder: layers.Decoder) -> tvm.IRModule:
     """The decoder's module after the pipeline."""
-    return run(export(decoder, MACHINE), pipeline(MACHINE))
+    return run(export(decoder, MACHINE), pipeline(Planner(MACHINE)))
 
 
 def kernels(mod: tvm.IRModule, function: str = "hidden") -> list[Problem | str]:

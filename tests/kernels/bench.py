@@ -11,9 +11,8 @@ import tvm
 import tvm_ffi
 
 from relax_llm import cpu
-from relax_llm.compiler.build import CODE_GENERATION
 from relax_llm.kernels.library import build
-from relax_llm.kernels.machine import Machine, machine
+from relax_llm.kernels.machine import CODE_GENERATION, Machine, machine
 from relax_llm.kernels.problem import Problem
 
 from .guarded import Guarded, InOut, Out

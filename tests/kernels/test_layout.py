@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from relax_llm.kernels.layout import Tiled
+from relax_llm.kernels.layout import Tiled, parse
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -47,7 +47,7 @@ def test_gated_panels(half: int, cols: int) -> None:
 
 @pytest.mark.parametrize("layout", [Tiled(16), Tiled(32), Tiled(32, gated=True)])
 def test_names_are_parsed(layout: Tiled) -> None:
-    assert Tiled.parse(layout.name) == layout
+    assert parse(layout.name) == layout
 
 
 def test_a_transposed_view_is_packed_as_what_it_shows() -> None:

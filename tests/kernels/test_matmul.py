@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from relax_llm.kernels.matmul import Matmul, default, layout_for, tile_for
+from relax_llm.kernels.matmul import Matmul, definition, layout_for, tile_for
 
 from ..tolerances import ACTIVATION, ROUNDINGS, SLOPE, UNIT, assert_within, reduction
 from .bench import HOST, every_machine, generate, launch, launch_function, machine_of, machines, random
@@ -207,7 +207,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(on: str) -> None:
 
 @cache
 def _definition(problem: Matmul) -> Callable[..., None]:
-    func = default(problem)
+    func = definition(problem)
     function: Callable[..., None] = generate(func, machine_of(HOST)).jit()[str(func.attrs["global_symbol"])]
     return function
 

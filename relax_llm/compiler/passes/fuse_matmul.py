@@ -6,7 +6,7 @@ from tvm import IRModule, relax
 from tvm_ffi import structural_equal
 
 from relax_llm.compiler.bindings import Edit, Line, bind, is_op, is_vector, transposed, typed
-from relax_llm.kernels.matmul import Matmul, default
+from relax_llm.kernels.matmul import Matmul, definition
 
 _ACTIVATIONS = {
     "relax.nn.silu": "silu",
@@ -66,7 +66,7 @@ def _fuse(edit: Edit, line: Line, start: relax.Var) -> None:
     while _extend(line, group):
         pass
     index = line.positions()[group.end]
-    function = edit.kernel(group.problem, lambda: default(group.problem))
+    function = edit.kernel(f"loops_{group.problem.name}", lambda: definition(group.problem))
     operands = [
         group.x,
         group.weight,

@@ -1,0 +1,1 @@
+"""Plans: which kernel serves which sizes."""
