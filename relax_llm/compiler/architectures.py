@@ -43,7 +43,7 @@ def find(config: Mapping[str, Any], choice: Choice = None) -> type[Decoder]:
         return _from_file(Path(choice), config)
     known = builtin()
     wanted = config.get("model_type") if choice is None else str(choice)
-    if wanted not in known:
+    if not isinstance(wanted, str) or wanted not in known:
         raise ArchitectureError(
             f"No architecture is known for model_type {wanted!r}; known: {', '.join(sorted(known))}. Write your own as "
             "a subclass of relax_llm.layers.Decoder and pass it: compile(..., architecture=MyModel), or "

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from relax_llm.compiler.passes.lift_weights import weight_recipes
 from relax_llm.compiler.pipeline import lowering, pipeline, run
 from relax_llm.compiler.planner import Planner
 from relax_llm.compiler.recipes import Array, Recipe, joined_name
-from relax_llm.errors import ArtifactError, CompileError, TokenizerError
+from relax_llm.errors import ArchitectureError, ArtifactError, CompileError, RelaxLLMError, TokenizerError
 from relax_llm.kernels.machine import CODE_GENERATION, Machine
 from relax_llm.layers import Decoder, Fields
 from relax_llm.layers.decoder import attention_layers
@@ -52,7 +52,7 @@ def build(
         ArchitectureError: The architecture cannot be traced or does not know the config.
         CompileError: Code generation failed.
     """
-    decoder = architecture(Fields(checkpoint.config))
+    decoder = _construct(architecture, checkpoint.config)
     tensors = match(checkpoint, decoder)
     with progress.task("Tracing", 1):
         mod = export(decoder, machine)
@@ -109,6 +109,22 @@ def build(
             notes=tuple(notes),
         ),
     )
+
+
+def _construct(architecture: type[Decoder], config: Mapping[str, Any]) -> Decoder:
+    try:
+        decoder = architecture(Fields(config))
+    except RelaxLLMError:
+        raise
+    except Exception as error:  # the code is the user's
+        reason = f"{type(error).__name__}: {error}"
+        raise ArchitectureError(
+            f"{architecture.__name__} cannot be made for this config.json: {reason}."
+        ) from error
+    for name in ("vocab_size", "context_length"):
+        if not isinstance(getattr(decoder, name, None), int):
+            raise ArchitectureError(f"{architecture.__name__} must set {name} to a whole number.")
+    return decoder
 
 
 def _check_space(directory: Path, weights: int) -> None:

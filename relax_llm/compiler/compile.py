@@ -106,9 +106,17 @@ def _build(
         machine(target),
         directory,
         progress,
-        lambda text: warnings.warn(text, RuntimeWarning, stacklevel=6),
+        _warn,
         kernels,
     )
+
+
+def _warn(text: str) -> None:
+    """Warn at the line outside of this package that called it, however deep it is here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "relax_llm":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
 def _cached(place: Path) -> Artifact | None:

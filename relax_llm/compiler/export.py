@@ -7,7 +7,7 @@ from typing import Any
 from tvm import IRModule, ir, relax, tirx
 from tvm.relax.frontend import nn
 
-from relax_llm.errors import ArchitectureError
+from relax_llm.errors import ArchitectureError, RelaxLLMError
 from relax_llm.kernels.cache import cache_shapes
 from relax_llm.kernels.lookup import LastToken
 from relax_llm.kernels.machine import Machine
@@ -86,8 +86,10 @@ def export(decoder: Decoder, machine: Machine) -> IRModule:
                 try:
                     hidden = decoder.hidden_states(nn.Tensor(_expr=token_ids), step)
                     result = entry.finish(decoder, hidden, step)
-                except (ValueError, TypeError) as error:
+                    output = builder.emit_output(result._expr)
+                except RelaxLLMError:
+                    raise
+                except Exception as error:  # the code is the user's
                     raise ArchitectureError(f"{type(decoder).__name__} cannot be traced: {error}") from error
-                output = builder.emit_output(result._expr)
             builder.emit_func_output(output)
     return builder.get()

@@ -25,12 +25,14 @@ def match(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, Tensor]:
     """
     wanted = {name: tuple(int(size) for size in value.shape) for name, value in decoder.named_parameters()}
     found: dict[str, Tensor] = {}
-    unexpected = []
+    unexpected, twice = [], []
     for name, tensor in checkpoint.tensors.items():
         parameter = decoder.rename(name)
         if parameter is None or (parameter == "lm_head.weight" and parameter not in wanted):
             continue
-        if parameter in wanted:
+        if parameter in found:
+            twice.append(f"{found[parameter].name} and {name}")
+        elif parameter in wanted:
             found[parameter] = tensor
         else:
             unexpected.append(name)
@@ -45,6 +47,8 @@ def match(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, Tensor]:
         for name, tensor in found.items()
         if tensor.shape != wanted[name]
     ]
+    if twice:
+        problems.append(f"one parameter has two tensors: {_listed(twice)}")
     if wrong:
         problems.append(f"config.json asks for other shapes: {_listed(wrong)}")
     if problems:

@@ -32,5 +32,6 @@ def run(path: str | os.PathLike[str], what: str, refuse: type[RelaxLLMError]) ->
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        del sys.modules[name]
         raise refuse(f"The {what} file {file} fails: {type(error).__name__}: {error}.") from error
     return module

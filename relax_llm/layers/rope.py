@@ -51,6 +51,9 @@ class Rope:
             raise ArchitectureError(
                 "config.json: field 'partial_rotary_factor' is not supported by this architecture."
             )
+        for field, value in (("rope_theta", theta), ("factor", scaling.number("factor", 1.0))):
+            if value <= 0:
+                raise ArchitectureError(f"config.json: field {field!r} must be positive, but is {value}.")
         kind = scaling.text("rope_type", scaling.text("type", "default"))
         plain = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         if kind == "default":
@@ -58,6 +61,10 @@ class Rope:
         if kind == "linear":
             return _rope(plain / scaling.number("factor"), context)
         if kind == "dynamic":
+            if head_dim == 2:
+                raise ArchitectureError(
+                    "config.json: head_dim is 2, but dynamic rope scaling needs at least 4."
+                )
             factor = scaling.number("factor")
             return _rope(plain, math.ceil(context * factor), dynamic=(theta, factor, context))
         if kind == "llama3":
