@@ -1,0 +1,116 @@
+"""Recipes: as data, as text, and computed."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from relax_llm.compiler.recipes import (
+    Concat,
+    Pack,
+    Recipe,
+    Source,
+    Transpose,
+    from_json,
+    joined_name,
+    to_json,
+)
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+A, B, C = (
+    np.random.default_rng(i).standard_normal(shape) for i, shape in enumerate([(5, 4), (3, 4), (4, 6)])
+)
+TENSORS = {"a.weight": A, "b.weight": B, "c.weight": C, "v": A[:, 0], "u": B[:, 0]}
+
+a, b, c = Source("a.weight"), Source("b.weight"), Source("c.weight")
+
+
+def _panels(matrix: Array, cols: int) -> Array:
+    """Panels of `cols` rows, reduction-major, padded with zeros: written down once more, another way."""
+    n, k = matrix.shape
+    padded = np.zeros((-(-n // cols) * cols, k))
+    padded[:n] = matrix
+    return np.stack([panel.T for panel in np.split(padded, len(padded) // cols)])
+
+
+CASES: list[tuple[Recipe, Array, str, list[str]]] = [
+    (a, A, "a.weight", ["a.weight"]),
+    (Transpose(c), C.T, "transpose(c.weight)", ["c.weight"]),
+    (Concat((a, b)), np.vstack([A, B]), "concat(a.weight, b.weight)", ["a.weight", "b.weight"]),
+    (Concat((Source("v"), Source("u"))), np.hstack([A[:, 0], B[:, 0]]), "concat(v, u)", ["v", "u"]),
+    (Pack(a, "tiled16"), _panels(A, 16), "tiled16(a.weight)", ["a.weight"]),
+    (
+        Pack(Concat((a, b, Transpose(c))), "tiled4"),
+        _panels(np.vstack([A, B, C.T]), 4),
+        "tiled4(concat(a.weight, b.weight, transpose(c.weight)))",
+        ["a.weight", "b.weight", "c.weight"],
+    ),
+    (
+        Pack(Concat((b, b)), "tiled4_gated"),
+        np.concatenate([_panels(B, 2), _panels(B, 2)], axis=2),
+        "tiled4_gated(concat(b.weight, b.weight))",
+        ["b.weight", "b.weight"],
+    ),
+    (Transpose(Transpose(a)), A, "transpose(transpose(a.weight))", ["a.weight"]),
+]
+
+
+@pytest.mark.parametrize(("recipe", "expected", "text", "sources"), CASES, ids=[case[2] for case in CASES])
+def test_recipe(recipe: Recipe, expected: Array, text: str, sources: list[str]) -> None:
+    np.testing.assert_array_equal(recipe.make(TENSORS.__getitem__), expected)
+    assert str(recipe) == text
+    assert recipe.sources() == sources
+    assert from_json(to_json(recipe)) == recipe
+
+
+def test_json() -> None:
+    recipe = Pack(Concat((a, Transpose(b))), "tiled32")
+    expected = [
+        "pack",
+        "tiled32",
+        ["concat", [["source", "a.weight"], ["transpose", ["source", "b.weight"]]]],
+    ]
+    assert json.loads(to_json(recipe)) == expected
+
+
+recipes = st.recursive(
+    st.builds(Source, st.text()),
+    lambda inner: (
+        st.builds(Transpose, inner)
+        | st.builds(Concat, st.lists(inner, min_size=1, max_size=3).map(tuple))
+        | st.builds(Pack, inner, st.sampled_from(["tiled16", "tiled32_gated"]))
+    ),
+    max_leaves=8,
+)
+
+
+@given(recipes)
+def test_any_recipe_survives_json(recipe: Recipe) -> None:
+    assert from_json(to_json(recipe)) == recipe
+    assert hash(from_json(to_json(recipe))) == hash(recipe)
+
+
+NAMES = {
+    ("a.b.weight",): "a.b.weight",
+    ("l.3.mlp.gate.weight", "l.3.mlp.up.weight"): "l.3.mlp.gate+up.weight",
+    ("l.3.q.weight", "l.3.k.weight", "l.3.v.weight"): "l.3.q+k+v.weight",
+    ("l.3.q.bias", "l.3.k.bias"): "l.3.q+k.bias",
+    ("a.weight", "b.c.weight"): "a+b.c.weight",
+    ("x", "y"): "x+y",
+    ("a.weight", "a.weight"): "a.weight+weight",
+    ("a.weight", "a.bias"): "a.weight+bias",
+    ("a.x", "b.y"): "a.x+b.y",
+}
+
+
+@pytest.mark.parametrize("names", list(NAMES))
+def test_joined_names(names: tuple[str, ...]) -> None:
+    assert joined_name(list(names)) == NAMES[names]
