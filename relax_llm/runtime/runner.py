@@ -1,6 +1,7 @@
 """The runner: an artifact in execution."""
 
 from collections.abc import Generator, Mapping, Sequence
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,6 +26,8 @@ _FUNCTIONS: Mapping[str, str] = {"last": "prefill", "all": "logits", "hidden": "
 
 class Runner:
     """Runs a compiled model: prefill, decode, generate.
+
+    Several threads may use one runner, each with states of its own; their calls wait for each other.
 
     Attributes:
         artifact: What is run.
@@ -54,6 +57,7 @@ class Runner:
         self._machine = vm.VirtualMachine(artifact.library)
         self._weights = vm.pack([vm.tensor(array) for array in artifact.weights()])
         self._functions = {name: self._machine[name] for name in manifest.functions}
+        self._running = Lock()  # the virtual machine has one set of registers
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -143,7 +147,8 @@ class Runner:
             raise InputError("The state belongs to another model; make one with this runner's start().")
         caches = state.reserve(ids.shape[1])
         length = vm.shape(state.length + ids.shape[1])
-        result = self._functions[function](vm.tensor(ids), length, caches, self._weights)
+        with self._running:
+            result = self._functions[function](vm.tensor(ids), length, caches, self._weights)
         state.append(ids)
         return vm.numpy(result)
 
