@@ -195,6 +195,18 @@ PROBES: dict[str, Probe] = {
         lambda m, x: (lambda up: silu(m.a(x)) * up + up)(m.b(x)),
         lambda w, x: (_silu(_apply(w, "a", x)) + 1.0) * _apply(w, "b", x),
     ),
+    "up used elsewhere, too, and made after the gate": Probe(
+        _layers(a=_linear(), b=_linear()),
+        lambda m, x: (lambda gate, up: gate * up + up)(silu(m.a(x)), m.b(x)),
+        lambda w, x: (_silu(_apply(w, "a", x)) + 1.0) * _apply(w, "b", x),
+        ("n10_k12_silu", "n10_k12"),
+    ),
+    "up without its bias used elsewhere, too": Probe(
+        _layers(a=_linear(bias=True), b=_linear(), v=_vector(N)),
+        lambda m, x: (lambda gate, up: gate * (up + m.v) + up)(silu(m.a(x)), m.b(x)),
+        lambda w, x: _silu(_apply(w, "a", x)) * (_apply(w, "b", x) + w["v"]) + _apply(w, "b", x),
+        ("n10_k12_bias_silu", "n10_k12"),
+    ),
     "the gate used elsewhere, too": Probe(
         _layers(a=_linear(), b=_linear()),
         lambda m, x: (lambda gate: gate * m.b(x) + gate)(silu(m.a(x))),

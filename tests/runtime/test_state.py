@@ -160,9 +160,12 @@ def test_fork(batch: int, length: int) -> None:
     assert (fork.batch, fork.length, fork.context_length) == (batch, length, 1000)
     np.testing.assert_array_equal(fork.token_ids, state.token_ids)
     _append(state, 5, first=2000)
-    _append(fork, 100, first=3000)
-    assert _marks(state) == [[*range(length), *range(2000, 2005)]] * 4
+    for count in (3, 97):  # at first into room that both have, then into room of its own
+        _append(fork, count, first=3000 + fork.length - length)
+        assert _marks(state) == [[*range(length), *range(2000, 2005)]] * 4
+        assert state.token_ids[0].tolist() == [*range(length), *range(2000, 2005)]
     assert _marks(fork) == [[*range(length), *range(3000, 3100)]] * 4
+    assert fork.token_ids[-1].tolist() == [*range(length), *range(3000, 3100)]
     fork.truncate(0)
     assert state.length == length + 5
 
