@@ -8,31 +8,11 @@ from relax_llm.kernels.checking import check
 from relax_llm.kernels.forms import Realized, realize
 from relax_llm.kernels.layout import Layout
 from relax_llm.kernels.machine import Machine
-from relax_llm.kernels.matmul import Matmul, layout_named, tiled
-from relax_llm.kernels.plain import plain_panels, plain_rows
+from relax_llm.kernels.matmul import Matmul
+from relax_llm.kernels.matmul.family import matmul_kernels
+from relax_llm.kernels.matmul.tiled import layout_named
 from relax_llm.plan.kernel import Declined, Kernel
 from relax_llm.plan.plan import Candidate, Entry, Plan, Range
-
-_ALL = frozenset({"bias", "activation", "gate", "residual"})
-_FEW_ROWS = 6  # up to which a dot product for each output beats transposing the weight first
-
-
-def _built_in(machine: Machine) -> list[Kernel]:
-    def make(build: Callable[[Matmul, Machine], object]) -> Callable[[Matmul], object]:
-        return lambda problem: build(problem, machine)
-
-    return [
-        Kernel(
-            "tiled",
-            "matmul",
-            "primfunc",
-            make(lambda p, m: tiled(p, m, flat=True)),
-            layout="tiled",
-            absorbs=_ALL,
-        ),
-        Kernel("plain_rows", "matmul", "primfunc", make(plain_rows), last=_FEW_ROWS),
-        Kernel("plain_panels", "matmul", "primfunc", make(plain_panels), first=_FEW_ROWS + 1),
-    ]
 
 
 @dataclass(frozen=True)
@@ -75,7 +55,7 @@ class Planner:
             check: Tries a kernel before it enters the plan; raises KernelError where it is wrong.
         """
         names = [kernel.name for kernel in kernels]
-        built_in = _built_in(machine)
+        built_in = matmul_kernels(machine)
         twice = sorted(
             {name for name in names if names.count(name) > 1 or name in {k.name for k in built_in}}
         )

@@ -29,10 +29,11 @@ import tvm
 
 from relax_llm import cpu
 from relax_llm.errors import KernelError
-from relax_llm.kernels import layout, matmul, trial
+from relax_llm.kernels import layout, trial
 from relax_llm.kernels.forms import Realized
 from relax_llm.kernels.machine import CODE_GENERATION, Machine
-from relax_llm.kernels.matmul import Matmul, arguments, layout_named, reference
+from relax_llm.kernels.matmul import Matmul, arguments, problem as matmul_problem, reference
+from relax_llm.kernels.matmul.tiled import layout_named
 from relax_llm.kernels.trial import Launch, Request
 from relax_llm.places import cache_directory
 
@@ -348,7 +349,7 @@ def _digest(realized: Realized, machine: Machine) -> str:
         "objects": [hashlib.sha256(content).hexdigest() for content in realized.objects],
         "checking": [
             hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
-            for module in (sys.modules[__name__], trial, matmul, layout)
+            for module in (sys.modules[__name__], trial, matmul_problem, layout)
         ],
     }
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()

@@ -14,7 +14,8 @@ from tvm.tirx.script.builder import ir as T
 from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.machine import Machine
-from relax_llm.kernels.matmul import Matmul, arguments, definition, layout_named
+from relax_llm.kernels.matmul import Matmul, arguments, definition
+from relax_llm.kernels.matmul.tiled import layout_named
 from relax_llm.plan.kernel import Kernel
 
 

@@ -5,8 +5,10 @@ from typing import Any
 
 from tvm.tirx import PrimFunc
 
-from relax_llm.kernels import attention, cache, lookup, matmul, norm, positions
+from relax_llm.kernels import attention, cache, lookup, norm, positions
 from relax_llm.kernels.machine import Machine
+from relax_llm.kernels.matmul import Matmul
+from relax_llm.kernels.matmul.tiled import tiled
 from relax_llm.kernels.problem import Problem
 
 _BUILD: dict[type[Problem], Callable[[Any, Machine], PrimFunc]] = {
@@ -14,7 +16,7 @@ _BUILD: dict[type[Problem], Callable[[Any, Machine], PrimFunc]] = {
     cache.Append: cache.append,
     lookup.Embedding: lookup.embedding,
     lookup.LastToken: lookup.last_token,
-    matmul.Matmul: matmul.tiled,
+    Matmul: tiled,
     norm.Norm: norm.norm,
     positions.Positions: positions.positions,
     positions.RopeTable: positions.rope_table,

@@ -12,7 +12,7 @@ import pytest
 import relax_llm as rl
 from relax_llm.errors import KernelError
 from relax_llm.kernels.machine import machine
-from relax_llm.kernels.matmul import tiled
+from relax_llm.kernels.matmul.tiled import tiled
 from tests.models.comparison import assert_logits_agree
 from tests.models.configurations import BY_NAME
 from tests.models.reference import Reference, token_ids, write_checkpoint

@@ -14,11 +14,12 @@ from tvm.tirx.script.builder import ir as T
 
 from relax_llm import cpu
 from relax_llm.errors import KernelError
-from relax_llm.kernels import builder as b, checking, matmul
+from relax_llm.kernels import builder as b, checking
 from relax_llm.kernels.checking import OTHER_PROCESSOR, check, expected, sizes
 from relax_llm.kernels.forms import realize
 from relax_llm.kernels.machine import machine
 from relax_llm.kernels.matmul import Matmul
+from relax_llm.kernels.matmul.tiled import tiled
 from relax_llm.kernels.vectormath import ACTIVATIONS
 from relax_llm.plan.kernel import Kernel, kernel
 
@@ -69,7 +70,7 @@ def refusal(made: Kernel, problem: Matmul = SMALL, **options: Any) -> str:
 
 @kernel("matmul", layout="tiled", absorbs=EPILOGUES)
 def built_in(problem: Matmul) -> PrimFunc:
-    return matmul.tiled(problem, MACHINE, flat=True)
+    return tiled(problem, MACHINE, flat=True)
 
 
 @kernel("matmul", absorbs=EPILOGUES)

@@ -7,7 +7,8 @@ import pytest
 
 from relax_llm.kernels.layout import Tiled
 from relax_llm.kernels.lookup import Embedding, LastToken
-from relax_llm.kernels.matmul import Matmul, layout_for
+from relax_llm.kernels.matmul import Matmul
+from relax_llm.kernels.matmul.tiled import layout_for
 
 from .bench import every_machine, launch, machine_of, machines, random
 from .guarded import Out

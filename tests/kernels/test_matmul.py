@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from relax_llm.kernels.matmul import Matmul, definition, layout_for, tile_for
+from relax_llm.kernels.matmul import Matmul, definition
+from relax_llm.kernels.matmul.tiled import layout_for, tile_for
 
 from ..tolerances import ACTIVATION, ROUNDINGS, SLOPE, UNIT, assert_within, reduction
 from .bench import HOST, every_machine, generate, launch, launch_function, machine_of, machines, random

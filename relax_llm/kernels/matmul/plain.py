@@ -10,7 +10,8 @@ from tvm.tirx.script.builder import ir as T
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.machine import LANES, Machine
-from relax_llm.kernels.matmul import Matmul, tile_for
+from relax_llm.kernels.matmul.problem import Matmul
+from relax_llm.kernels.matmul.tiled import tile_for
 
 
 def plain_rows(problem: Matmul, machine: Machine) -> PrimFunc:

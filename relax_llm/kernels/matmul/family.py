@@ -1,0 +1,32 @@
+"""The matmul kernels that ship, as records like a user's own."""
+
+from collections.abc import Callable
+
+from relax_llm.kernels.machine import Machine
+from relax_llm.kernels.matmul.plain import plain_panels, plain_rows
+from relax_llm.kernels.matmul.problem import Matmul
+from relax_llm.kernels.matmul.tiled import tiled
+from relax_llm.plan.kernel import Kernel
+
+_ALL = frozenset({"bias", "activation", "gate", "residual"})
+_FEW_ROWS = 6  # up to which a dot product for each output beats transposing the weight first
+
+
+def matmul_kernels(machine: Machine) -> list[Kernel]:
+    """The built-in kernels, in the order of their precedence."""
+
+    def make(build: Callable[[Matmul, Machine], object]) -> Callable[[Matmul], object]:
+        return lambda problem: build(problem, machine)
+
+    return [
+        Kernel(
+            "tiled",
+            "matmul",
+            "primfunc",
+            make(lambda p, m: tiled(p, m, flat=True)),
+            layout="tiled",
+            absorbs=_ALL,
+        ),
+        Kernel("plain_rows", "matmul", "primfunc", make(plain_rows), last=_FEW_ROWS),
+        Kernel("plain_panels", "matmul", "primfunc", make(plain_panels), first=_FEW_ROWS + 1),
+    ]
