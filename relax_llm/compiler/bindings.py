@@ -11,7 +11,7 @@ from tvm.relax.analysis import free_vars
 from tvm.tirx import PrimFunc
 
 from relax_llm.errors import CompileError
-from relax_llm.kernels.dispatch import INTERNAL
+from relax_llm.kernels.dispatch import INTERNAL, OPEN
 from relax_llm.kernels.problem import Problem, problem_of
 
 
@@ -138,7 +138,7 @@ class Edit:
         kept = {
             var: func
             for var, func in mod.functions_items()
-            if var in launched or not isinstance(func, PrimFunc) or INTERNAL in func.attrs
+            if var in launched or not isinstance(func, PrimFunc) or any(mark in func.attrs for mark in (INTERNAL, OPEN))
         }
         return IRModule(kept, attrs=mod.attrs)
 

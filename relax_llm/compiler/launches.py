@@ -19,7 +19,12 @@ from relax_llm.layers.decoder import site_of
 def functions(mod: IRModule) -> dict[str, tuple[Launch, ...]]:
     """The launches of every function of a module after `LiftWeights`, in program order."""
     recipes = weight_recipes(mod)
-    return {line.name: tuple(_launches(line, recipes)) for line in lines(mod)}
+    problems = {
+        var.name_hint: problem.name
+        for var, func in mod.functions_items()
+        if isinstance(func, PrimFunc) and (problem := problem_of(func))
+    }
+    return {line.name: tuple(_launches(line, recipes, problems)) for line in lines(mod)}
 
 
 def kernels(mod: IRModule, calls: Mapping[str, tuple[Launch, ...]]) -> dict[str, Kernel]:
@@ -44,7 +49,7 @@ def _unnamed(launch: Launch) -> Kernel:
     return Kernel("fused", {}, sizes[-1], " + ".join(f"4*{size}" for size in sizes))
 
 
-def _launches(line: Line, recipes: list[Recipe]) -> list[Launch]:
+def _launches(line: Line, recipes: list[Recipe], problems: Mapping[str, str]) -> list[Launch]:
     caches, weights = line.params[2:4]
     roles: dict[relax.Var, tuple[str, str]] = {}
     found = []
@@ -55,11 +60,13 @@ def _launches(line: Line, recipes: list[Recipe]) -> list[Launch]:
             elif expr.tuple_value.same_as(caches):
                 roles[var] = ("cache", var.name)
         elif is_op(expr, "relax.call_tir") or is_op(expr, "relax.call_tir_inplace"):
-            found.append(_launch(expr, roles))
+            found.append(_launch(expr, roles, problems))
     return found
 
 
-def _launch(call: relax.Call, roles: Mapping[relax.Var, tuple[str, str]]) -> Launch:
+def _launch(
+    call: relax.Call, roles: Mapping[relax.Var, tuple[str, str]], problems: Mapping[str, str]
+) -> Launch:
     arguments = []
     for operand in call.args[1]:
         if isinstance(operand.ty, relax.TensorType):
@@ -74,7 +81,7 @@ def _launch(call: relax.Call, roles: Mapping[relax.Var, tuple[str, str]]) -> Lau
         ]
     arguments += [_tensor("output", "", out) for out in outputs]
     kernel: ir.GlobalVar = call.args[0]
-    return Launch(_site(arguments, kernel.name_hint), kernel.name_hint, tuple(arguments))
+    return Launch(_site(arguments, problems.get(kernel.name_hint, kernel.name_hint)), kernel.name_hint, tuple(arguments))
 
 
 def _site(arguments: list[Argument], kernel: str) -> str:

@@ -1,18 +1,25 @@
-"""Choosing kernels: for each matmul of a model, which kernels serve which rows, and why."""
+"""Choosing kernels: for each problem of a model, which kernels serve which sizes, and why."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from relax_llm.errors import KernelError
+from relax_llm.errors import KernelError, PlanError
 from relax_llm.kernels.checking import check
 from relax_llm.kernels.forms import Realized, realize
 from relax_llm.kernels.layout import Layout
+from relax_llm.kernels.library import build, built_in
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul import Matmul
-from relax_llm.kernels.matmul.family import matmul_kernels
-from relax_llm.kernels.matmul.tiled import layout_named
+from relax_llm.kernels.operators import operator_of
+from relax_llm.kernels.problem import Problem
+from relax_llm.plan.choosing import cover
 from relax_llm.plan.kernel import Declined, Kernel
-from relax_llm.plan.plan import Candidate, Entry, Plan, Range
+from relax_llm.plan.plan import Candidate, Entry, Measurement, Plan, Range
+from relax_llm.plan.python_kernel import PythonKernel
+from relax_llm.plan.sizes import Box
+
+Selection = Literal["dynamic", "pinned"]
 
 
 @dataclass(frozen=True)
@@ -21,30 +28,45 @@ class Choice:
 
     Attributes:
         name: Symbol of the function that the model calls.
-        layout: How the weight is packed.
-        ranges: Rows and kernels, ascending and total.
-        realized: The kernels by name; empty where the built-in kernel serves all sizes.
+        layout: How the weight is packed; None for operators without a layout.
+        ranges: Sizes and kernels, total.
+        realized: The kernels that are compiled, by name; empty where the model calls the one built-in kernel itself.
         candidates: What was considered, with reasons.
+        measurements: What the choice rests on, where a plan was given.
     """
 
     name: str
-    layout: Layout
+    layout: Layout | None
     ranges: tuple[Range, ...]
-    realized: dict[str, Realized]
+    realized: Mapping[str, Realized]
     candidates: tuple[Candidate, ...]
+    measurements: tuple[Measurement, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Able:
+    """The kernels that can serve a problem at a site, all of one weight layout, and why others cannot."""
+
+    kernels: tuple[Kernel, ...]
+    realized: Mapping[str, Realized]
+    layout: Layout | None
+    reasons: Mapping[str, str]
 
 
 class Planner:
-    """Chooses kernels for the matmuls of one model.
+    """Chooses kernels for the problems of one model.
 
     A user's kernels come first, in the order given; the built-in ones serve what they leave over. All kernels of a
-    matrix read one layout, because its weight is stored once.
+    matrix read one layout, because its weight is stored once. A plan given decides for the problems it names.
     """
 
     def __init__(
         self,
         machine: Machine,
         kernels: Sequence[Kernel] = (),
+        *,
+        plan: Plan | None = None,
+        selection: Selection = "dynamic",
         check: Callable[[Realized, Machine], str] = check,
     ) -> None:
         """Prepare.
@@ -52,119 +74,224 @@ class Planner:
         Args:
             machine: What to generate for.
             kernels: The user's.
+            plan: Choices made before, by measurement or by hand.
+            selection: "dynamic": by size; "pinned": one kernel for all sizes, so that rounding does not depend on them.
             check: Tries a kernel before it enters the plan; raises KernelError where it is wrong.
         """
         names = [kernel.name for kernel in kernels]
-        built_in = matmul_kernels(machine)
-        twice = sorted(
-            {name for name in names if names.count(name) > 1 or name in {k.name for k in built_in}}
-        )
+        twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise KernelError(f"Two kernels have the name {twice[0]!r}; give one of them another with name=.")
+            raise _clash(twice[0])
         self.machine = machine
-        self._kernels = [*kernels, *built_in]
-        self._user = set(names)
+        self._given = tuple(kernels)
+        self._plan = plan
+        self._selection = selection
         self._check = check
-        self._choices: dict[tuple[Matmul, frozenset[str]], Choice] = {}
-        self._sites: dict[tuple[Matmul, frozenset[str]], list[str]] = {}
+        self._choices: dict[tuple[Problem, frozenset[str], Entry | None], Choice] = {}
+        self._sites: dict[tuple[Problem, frozenset[str], Entry | None], list[str]] = {}
 
-    def choose(self, problem: Matmul, site: str) -> Choice:
+    def choose(self, problem: Problem, site: str) -> Choice:
         """The kernels for a problem at a site.
 
         Raises:
             KernelError: A kernel is wrong, or two kernels want the weight in different layouts.
+            PlanError: The plan given names a kernel that cannot serve.
         """
-        key = (problem, frozenset(kernel.name for kernel in self._kernels if kernel.serves(site)))
+        entry = self._planned(problem, site)
+        serving = frozenset(
+            kernel.name
+            for kernel in self._given
+            if kernel.operator == problem.operator and kernel.serves(site)
+        )
+        key = (problem, serving, entry)
         if key not in self._choices:
-            self._choices[key] = self._decide(problem, site)
+            self._choices[key] = self._decide(problem, site, entry)
         sites = self._sites.setdefault(key, [])
         if site not in sites:
             sites.append(site)
         return self._choices[key]
 
+    def candidates(self, problem: Problem, site: str) -> list[Realized]:
+        """Every kernel that can serve a problem at a site, checked; all read the weight in one layout."""
+        able = self._able(problem, site, self._planned(problem, site))
+        for realized in able.realized.values():
+            if realized.kernel in self._given:
+                self._check(realized, self.machine)
+        return list(able.realized.values())
+
     def plan(self) -> Plan:
         """All choices so far."""
-        return Plan(
-            tuple(
-                Entry(
-                    key[0].name, tuple(self._sites[key]), choice.layout.name, choice.ranges, choice.candidates
-                )
-                for key, choice in self._choices.items()
+        entries = [
+            Entry(
+                key[0].name,
+                key[0].operator,
+                tuple(self._sites[key]),
+                choice.layout.name if choice.layout else "",
+                operator_of(key[0]).axes,
+                choice.ranges,
+                choice.candidates,
+                choice.measurements,
             )
-        )
+            for key, choice in self._choices.items()
+        ]
+        return Plan(tuple(entries), self._plan.machine if self._plan else {})
+
+    def compiled(self) -> list[Realized]:
+        """The kernels of all choices so far, each once."""
+        found = {r.symbol: r for choice in self._choices.values() for r in choice.realized.values()}
+        return list(found.values())
 
     def objects(self) -> list[bytes]:
         """Object files of the chosen kernels."""
-        chosen = {id(r): r for choice in self._choices.values() for r in choice.realized.values()}
-        return [data for realized in chosen.values() for data in realized.objects]
+        return [data for realized in self.compiled() for data in realized.objects]
 
-    def _decide(self, problem: Matmul, site: str) -> Choice:
+    def python_kernels(self) -> list[PythonKernel]:
+        """What must be registered before the model runs."""
+        return [realized.python for realized in self.compiled() if realized.python]
+
+    def layouts(self) -> dict[str, Layout]:
+        """The weight layouts in use, by name."""
+        return {choice.layout.name: choice.layout for choice in self._choices.values() if choice.layout}
+
+    def choices(self) -> dict[str, tuple[Problem, Choice]]:
+        """What was chosen, by the symbol of the function that the model calls."""
+        return {choice.name: (key[0], choice) for key, choice in self._choices.items()}
+
+    def _planned(self, problem: Problem, site: str) -> Entry | None:
+        """The entry of the given plan for a problem at a site."""
+        for entry in self._plan.entries if self._plan else ():
+            if entry.problem == problem.name and site in entry.sites:
+                return entry
+        return None
+
+    def _decide(self, problem: Problem, site: str, entry: Entry | None) -> Choice:
+        able = self._able(problem, site, entry)
+        reasons = dict(able.reasons)
+        axes = operator_of(problem).axes
+        if entry is not None:
+            ranges = entry.ranges
+            self._check_entry(entry, able)
+        elif self._selection == "pinned":
+            ranges = (Range(Box().within(axes), able.kernels[0].name),)
+        else:
+            ranges = cover(able.kernels, problem, axes)
+        said = {candidate.kernel: candidate.reason for candidate in entry.candidates} if entry else {}
+        for kernel in able.kernels:
+            served = [str(part) for part in ranges if part.kernel == kernel.name]
+            if served:
+                reasons[kernel.name] = f"serves {' and '.join(served)}"
+            elif self._selection == "pinned" and entry is None:
+                reasons[kernel.name] = "selection is pinned to one kernel for all sizes"
+            elif entry:
+                reasons[kernel.name] = said.get(kernel.name, "the plan given does not use it")
+            elif kernel.cost is not None:
+                reasons[kernel.name] = "predicted to be slower than others at every size"
+            else:
+                reasons[kernel.name] = "kernels before it serve every size that it is valid for"
+            if kernel in self._given:
+                reasons[kernel.name] += f"; {self._check(able.realized[kernel.name], self.machine)}"
+        kernels = [*self._given, *built_in(problem, self.machine)]
+        considered = [kernel for kernel in kernels if kernel.operator == problem.operator]
+        alone = len(able.kernels) == 1 and able.kernels[0] not in self._given and _is_direct(problem, able)
+        used = dict.fromkeys(part.kernel for part in ranges)
+        named = [kernel.name for kernel in self._given if kernel.name in used]
+        return Choice(
+            self._symbol("__".join([problem.name, "_".join(sorted(named))]) if named else problem.name),
+            able.layout,
+            ranges,
+            {} if alone else able.realized,
+            tuple(Candidate(k.name, k.sizes, reasons[k.name]) for k in considered),
+            entry.measurements if entry else (),
+        )
+
+    def _symbol(self, wanted: str) -> str:
+        taken = {choice.name for choice in self._choices.values()}
+        names = [wanted, *(f"{wanted}__{number}" for number in range(2, len(taken) + 3))]
+        return next(name for name in names if name not in taken)
+
+    def _check_entry(self, entry: Entry, able: _Able) -> None:
+        for part in entry.ranges:
+            if part.kernel not in able.realized:
+                reason = able.reasons.get(part.kernel, "no kernel has this name")
+                raise PlanError(
+                    f"The plan given wants {part.kernel!r} for {entry.problem} at {part}, which cannot serve it: {reason}."
+                )
+            valid = able.realized[part.kernel].kernel.sizes
+            for axis, (first, last) in part.sizes.bounds:
+                low, high = valid[axis]
+                if first < low or (high is not None and (last is None or last > high)):
+                    raise PlanError(
+                        f"The plan given wants {part.kernel!r} for {entry.problem} at {part}, but it is valid for {valid}."
+                    )
+
+    def _able(self, problem: Problem, site: str, entry: Entry | None) -> _Able:
+        """Try every kernel of the operator, and keep those that read the weight in one layout."""
+        kernels = [k for k in self._given if k.operator == problem.operator]
+        shipped = built_in(problem, self.machine)
+        for kernel in kernels:
+            if kernel.name in {k.name for k in shipped}:
+                raise _clash(kernel.name)
         reasons: dict[str, str] = {}
-        able: list[Realized] = []
-        for kernel in self._kernels:
+        able: list[tuple[Kernel, Realized]] = []
+        for kernel in [*kernels, *shipped]:
             outcome = self._try(kernel, problem, site)
             if isinstance(outcome, str):
                 reasons[kernel.name] = outcome
+            elif self._selection == "pinned" and entry is None and not kernel.sizes.everything:
+                reasons[kernel.name] = "selection is pinned to one kernel for all sizes, and it is not valid for all"
             else:
-                able.append(outcome)
-        layout = able[0].kernel.layout
-        for realized in able[1:]:
-            if realized.kernel.layout == layout:
+                able.append((kernel, outcome))
+        wanted = entry.layout if entry is not None else _layout_name(able[0][1])
+        for kernel, realized in able:
+            name = _layout_name(realized)
+            if name == wanted:
                 continue
-            if realized.kernel.name in self._user:
+            if kernel in self._given and entry is None:
                 raise KernelError(
-                    f"At {site}, kernel {able[0].kernel.name!r} reads the weight {layout} and {realized.kernel.name!r} "
-                    f"reads it {realized.kernel.layout}; a weight is stored once, so give both one layout, or "
-                    "separate their sites."
+                    f"At {site}, kernel {able[0][0].name!r} reads the weight {wanted} and {kernel.name!r} reads it "
+                    f"{name}; a weight is stored once, so give both one layout, or separate their sites."
                 )
-            reasons[realized.kernel.name] = (
-                f"reads the weight {realized.kernel.layout}, which is stored {layout} here"
-            )
-        able = [realized for realized in able if realized.kernel.layout == layout]
-        ranges = _cover([realized.kernel for realized in able])
-        used = {part.kernel for part in ranges}
-        for realized in able:
-            name = realized.kernel.name
-            if name in used:
-                reasons[name] = f"serves {' and '.join(str(part) for part in ranges if part.kernel == name)}"
-                if name in self._user:
-                    reasons[name] += f"; {self._check(realized, self.machine)}"
-            else:
-                reasons[name] = "kernels before it serve every size that it is valid for"
-        alone = used == {"tiled"}
-        suffix = "" if alone else "__" + "_".join(sorted(name for name in used if name in self._user))
-        return Choice(
-            problem.name + suffix,
-            layout_named(layout, problem, self.machine),
-            ranges,
-            {} if alone else {r.kernel.name: r for r in able if r.kernel.name in used},
-            tuple(Candidate(k.name, k.first, k.last, reasons[k.name]) for k in self._kernels),
+            reasons[kernel.name] = f"reads the weight {name}, which is stored {wanted} here"
+        kept = [(kernel, realized) for kernel, realized in able if _layout_name(realized) == wanted]
+        if not kept:
+            raise PlanError(f"The plan given stores the weight of {problem.name} as {wanted!r}, which no kernel reads.")
+        return _Able(
+            tuple(kernel for kernel, _ in kept),
+            {kernel.name: realized for kernel, realized in kept},
+            kept[0][1].layout,
+            reasons,
         )
 
-    def _try(self, kernel: Kernel, problem: Matmul, site: str) -> Realized | str:
+    def _try(self, kernel: Kernel, problem: Problem, site: str) -> Realized | str:
         """A kernel for this problem, or why there is none."""
         if not kernel.serves(site):
             return f"is for the sites {', '.join(kernel.sites)}"
         missing = sorted(kernel.features - self.machine.features)
         if missing:
             return f"needs {', '.join(missing)}, which {self.machine.name} lacks"
-        if kernel.layout == "tiled" and problem.gated and not {"activation", "gate"} <= kernel.absorbs:
-            return "reads the tiled layout, in which gate and up alternate, but does not absorb activation and gate"
+        if isinstance(problem, Matmul):
+            if problem.weight_format not in kernel.weights:
+                return f"reads weights as {', '.join(sorted(kernel.weights))}, not {problem.weight_format}"
+            if kernel.layout == "tiled" and problem.gated and not {"activation", "gate"} <= kernel.absorbs:
+                return "reads the tiled layout, in which gate and up alternate, but does not absorb activation and gate"
+        elif kernel not in self._given:
+            symbol = f"{kernel.name}__{problem.name}"
+            operands = operator_of(problem).launched(problem, None)
+            return Realized(kernel, problem, symbol, build(problem, self.machine), operands)
         try:
             return realize(kernel, problem, self.machine)
         except Declined as reason:
             return f"declined: {reason}"
 
 
-def _cover(kernels: Sequence[Kernel]) -> tuple[Range, ...]:
-    """Give every number of rows to the first kernel that is valid for it."""
-    starts = {1, *(kernel.first for kernel in kernels), *(k.last + 1 for k in kernels if k.last is not None)}
-    ranges: list[Range] = []
-    for first in sorted(starts):
-        name = next(k.name for k in kernels if k.first <= first and (k.last is None or first <= k.last))
-        if ranges and ranges[-1].kernel == name:
-            continue
-        if ranges:
-            ranges[-1] = replace(ranges[-1], last=first - 1)
-        ranges.append(Range(first, None, name))
-    return tuple(ranges)
+def _clash(name: str) -> KernelError:
+    return KernelError(f"Two kernels have the name {name!r}; give one of them another with name=.")
+
+
+def _layout_name(realized: Realized) -> str:
+    return realized.layout.name if realized.layout else ""
+
+
+def _is_direct(problem: Problem, able: _Able) -> bool:
+    """Whether the one kernel is the one that the model can call itself."""
+    return not isinstance(problem, Matmul) or able.kernels[0].name == "tiled"

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from relax_llm.kernels.layout import parse
+from relax_llm.kernels.layout import Layout, parse
 
 Array = npt.NDArray[Any]
+Read = Callable[[str], Array]
+Layouts = Callable[[str], Layout]
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Source:
     def __str__(self) -> str:
         return self.name
 
-    def make(self, read: Callable[[str], Array]) -> Array:
+    def make(self, read: Read, layouts: Layouts = parse) -> Array:
         """The tensor as the checkpoint has it."""
         return read(self.name)
 
@@ -40,9 +42,9 @@ class Transpose:
     def __str__(self) -> str:
         return f"transpose({self.of})"
 
-    def make(self, read: Callable[[str], Array]) -> Array:
+    def make(self, read: Read, layouts: Layouts = parse) -> Array:
         """A view."""
-        matrix = self.of.make(read)
+        matrix = self.of.make(read, layouts)
         return np.transpose(matrix)
 
     def sources(self) -> list[str]:
@@ -59,9 +61,9 @@ class Concat:
     def __str__(self) -> str:
         return f"concat({', '.join(map(str, self.parts))})"
 
-    def make(self, read: Callable[[str], Array]) -> Array:
+    def make(self, read: Read, layouts: Layouts = parse) -> Array:
         """A new array."""
-        return np.concatenate([part.make(read) for part in self.parts])
+        return np.concatenate([part.make(read, layouts) for part in self.parts])
 
     def sources(self) -> list[str]:
         """The parameters this is made from."""
@@ -78,9 +80,9 @@ class Pack:
     def __str__(self) -> str:
         return f"{self.layout}({self.of})"
 
-    def make(self, read: Callable[[str], Array]) -> Array:
+    def make(self, read: Read, layouts: Layouts = parse) -> Array:
         """A new array."""
-        return parse(self.layout).pack(self.of.make(read))
+        return layouts(self.layout).pack(self.of.make(read, layouts))
 
     def sources(self) -> list[str]:
         """The parameters this is made from."""

@@ -10,11 +10,12 @@ from typing import ClassVar
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
+from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.cache import GRANULE, TILE, cache_shapes
 from relax_llm.kernels.machine import LANES, Machine
-from relax_llm.kernels.problem import Problem, tag
+from relax_llm.kernels.problem import Problem, require_positive, tag
 from relax_llm.kernels.vectormath import exp
 
 _MASKED = (
@@ -40,6 +41,13 @@ class Attention(Problem):
     head_dim: int
     scale: float
     window: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "heads", "kv_heads", "head_dim", *(("window",) if self.window is not None else ())
+        )
+        if self.heads % self.kv_heads:
+            raise KernelError(f"{self.heads} query heads cannot share {self.kv_heads} key heads evenly.")
 
     @property
     def flops(self) -> str:

@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
+from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.machine import Machine
-from relax_llm.kernels.problem import Problem, tag
+from relax_llm.kernels.problem import Problem, require_positive, tag
 
 TILE = 16
 """Positions in a tile."""
@@ -50,6 +51,13 @@ class Append(Problem):
     kv_heads: int
     head_dim: int
     rope: bool = True
+
+    def __post_init__(self) -> None:
+        require_positive(self, "heads", "kv_heads", "head_dim")
+        if self.heads % self.kv_heads:
+            raise KernelError(f"{self.heads} query heads cannot share {self.kv_heads} key heads evenly.")
+        if self.rope and self.head_dim % 2:
+            raise KernelError(f"Rotation pairs channels, so head_dim must be even, not {self.head_dim}.")
 
     @property
     def width(self) -> int:

@@ -1,26 +1,33 @@
-"""The check at the door: a matmul kernel runs against the float64 reference before anything may choose it.
+"""The check at the door: a kernel runs against the float64 reference before anything may choose it.
 
-It runs where kernels break: at one row, at its range's boundaries, at the edges of usual tiles and their neighbours,
-and at many rows. It runs in a process of its own (`trial`), in memory where a read or write past an argument shows,
-on outputs that show what was not written. A kernel that passes is remembered by what it is made of.
+It runs where kernels break: at the smallest sizes, at its ranges' boundaries, at the edges of usual tiles and their
+neighbours, and at large sizes. It runs in a process of its own (`trial`), in memory where a read or write past an
+argument shows, on outputs that show what was not written. A kernel that passes is remembered by what it is made of.
 
-Each size runs twice. Random real numbers, with inaccessible memory after every argument, test the arithmetic.
-Small integers, with inaccessible memory before, test which terms are summed: every partial sum is exact in float32,
-so that all orders of summation give the same bits and one term too few or too many is seen at any reduction length.
+Each size runs twice. Random real numbers, with inaccessible memory after every argument, test the arithmetic. With
+inaccessible memory before, what comes is where possible small integers, which test which terms are summed: every
+partial sum is exact in float32, so that all orders of summation give the same bits and one term too few or too many is
+seen at any reduction length.
+
+A kernel written in Python runs in this process: it cannot be handed to another one, and it cannot crash as compiled
+code does.
 """
 
 import hashlib
 import json
-import math
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,14 +35,16 @@ import numpy.typing as npt
 import tvm
 
 from relax_llm import cpu
+from relax_llm.artifact.formulas import evaluate
 from relax_llm.errors import KernelError
-from relax_llm.kernels import layout, trial
+from relax_llm.kernels import layout, operators, trial
+from relax_llm.kernels.cache import GRANULE, TILE
 from relax_llm.kernels.forms import Realized
 from relax_llm.kernels.machine import CODE_GENERATION, Machine
-from relax_llm.kernels.matmul import Matmul, arguments, problem as matmul_problem, reference
-from relax_llm.kernels.matmul.tiled import layout_named
-from relax_llm.kernels.trial import Launch, Request
+from relax_llm.kernels.operators import Operator, operator_of
+from relax_llm.kernels.trial import BOUND, EXPECTED, Argument, Launch, Request, Trial, array_file
 from relax_llm.places import cache_directory
+from relax_llm.plan.sizes import Bounds, Box
 
 Array = npt.NDArray[Any]
 
@@ -45,12 +54,7 @@ _TILES = (4, 8, 16, 32, 64)
 _MANY = 257
 _SLOWEST = 2.5e8  # FLOP/s that a launch may take at least: a quarter of what plain loops reach.
 _START = 300.0  # Seconds, beyond all launches, until the process counts as stuck.
-_ROUNDOFF = {
-    "f32": 2.0**-24
-}  # Of the accumulation, by weight format; the reference reads the same stored weight.
-_LARGEST = 7  # Integers of the second run, in magnitude.
-# Steepest slope of each activation: an error of d before it is at most this times d behind it.
-_SLOPE = {"silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13, "relu": 1.0}
+_MOST = 28  # Combinations of several sizes.
 
 
 @dataclass(frozen=True)
@@ -82,173 +86,162 @@ def check(realized: Realized, machine: Machine, *, seconds: float = 20.0, seed: 
 
     Raises:
         KernelError: The kernel is wrong, writes or reads out of bounds, modifies an input, crashes, takes too long,
-            or cannot be compiled or called. The message names the kernel, the problem, M and what was seen.
+            or cannot be compiled or called. The message names the kernel, the problem, the sizes and what was seen.
     """
     if not _runs_here(machine, realized.kernel.features):
         return OTHER_PROCESSOR
     memory = cache_directory() / "checked" / _digest(realized, machine)
     known = _recall(memory)
-    if known:
+    if known and realized.python is None:  # what a function in Python computes is not known from its record
         return known
     seed = secrets.randbits(32) if seed is None else seed
-    rows = sizes(realized.kernel.first, realized.kernel.last)
+    operator = operator_of(realized.problem)
+    points = list(sizes(operator, realized.kernel.sizes))
     with tempfile.TemporaryDirectory(prefix="relax_llm_check_") as name:
         directory = Path(name)
-        library = _build(realized, machine, directory)
+        arguments = tuple(Argument(o.name, o.dtype, o.role) for o in realized.operands)
+        library = None if realized.python else _build(realized, machine, directory)
         rng = np.random.default_rng(seed)
-        for data in ("reals", "integers"):
-            _prepare(directory, data, realized, machine, max(rows), rng)
-        names = tuple(arguments(realized.problem))
-        launches = tuple(
-            Launch(
-                m,
-                int(rng.integers(max(rows) - m + 1)),
-                data,
-                side,
-                names,
-                _limit(realized.problem, m, seconds),
-            )
-            for data, side in (("reals", "after"), ("integers", "before"))
-            for m in rows
-        )
-        request = Request(str(library), realized.symbol, names, launches)
-        outcome = _run(directory, request)
-        fault = _explained(outcome, directory, request)
+        launches = tuple(_prepared(directory, realized, operator, points, rng, seconds))
+        request = Request(str(library), realized.symbol, arguments, launches)
+        if library is None:
+            outcome = _run_here(directory, request, realized)
+            fault = outcome.fault
+        else:
+            outcome = _run(directory, request)
+            fault = _explained(outcome, directory, request)
     if fault:
-        at = f"at M={outcome.launch.rows} " if outcome.launch else ""
+        at = f"at {outcome.launch.where} " if outcome.launch else ""
         raise KernelError(
             f"Kernel {realized.kernel.name!r} is refused for {realized.problem.name}: {at}{fault.rstrip('.')}. "
             f"(The inputs were random from seed {seed}.)"
         )
-    status = f"checked at M={', '.join(map(str, rows))}"
+    status = _status(operator, points)
     _remember(memory, status)
     return status
 
 
-def sizes(first: int, last: int | None) -> list[int]:
-    """The M at which a kernel for first..last is run, ascending.
+def sizes(operator: Operator, box: Box) -> Iterator[dict[str, int]]:
+    """The sizes at which a kernel for a box is run.
 
-    The ends of the range and their neighbours, the first four (each remainder of the smallest tile), for each tile
-    height its first multiple in the range and its neighbours, and 257.
+    Along one axis: the ends of the range and their neighbours, the first four (each remainder of the smallest tile), for
+    each tile height its first multiple in the range and its neighbours, and 257. Of several axes, fewer of each, and of
+    the combinations as many as are needed for each to occur, up to a number.
     """
+    if operator.axes == ("M",):
+        yield from ({"M": m} for m in _along(box["M"]))
+        return
+    batches = [m for m in (1, 3) if {"batch": m} in Box((("batch", box["batch"]),))] or [box["batch"][0]]
+    yielded: set[tuple[int, ...]] = set()
+    queries, lengths = _few(box["seq"]), _few(box["kv_len"]) if "kv_len" in operator.axes else [0]
+    combinations = [
+        (batch, seq, kv_len)
+        for (seq, kv_len), batch in product(product(queries, lengths), batches)
+        if not kv_len or seq <= kv_len
+    ]
+    combinations += [
+        (batches[0], seq, seq) for seq in queries if {"kv_len": seq} in Box((("kv_len", box["kv_len"]),))
+    ]
+    step = max(1, len(combinations) // _MOST)
+    # The first and the last matter, and of those between every `step`th, which walks through all axes.
+    for combination in [*combinations[::step], combinations[-1]] if combinations else []:
+        if combination not in yielded:
+            yielded.add(combination)
+            batch, seq, kv_len = combination
+            known = {"batch": batch, "seq": seq, "kv_len": kv_len}
+            yield {axis: known[axis] for axis in operator.axes}
+
+
+def _along(bounds: Bounds) -> list[int]:
+    first, last = bounds
     edges = [first, *(-(-first // tile) * tile for tile in _TILES), *([last] if last is not None else [])]
     wanted = {_MANY, first + 2, first + 3, *(edge + step for edge in edges for step in (-1, 0, 1))}
     return sorted(m for m in wanted if m >= first and (last is None or m <= last))
 
 
-def expected(problem: Matmul, inputs: Mapping[str, Array], *, exact: bool) -> tuple[Array, Array]:
-    """The right result in float64, and how far from it an honest float32 kernel may be, for each element.
+def _few(bounds: Bounds) -> list[int]:
+    first, last = bounds
+    ends = [last - 1, last] if last is not None else []
+    wanted = {first, first + 1, 2, 15, 16, 17, GRANULE - 1, GRANULE, GRANULE + 1, 130, *ends}
+    return sorted(m for m in wanted if m >= first and (last is None or m <= last))
 
-    Write u = 2**-24, and S for the sum of |x| |w| over the reduction, plus |bias|. However it is ordered, a float32
-    sum is within g u S of the exact one, where g <= K + 2 always (Higham 2002, section 3.1: K + 1 roundings on the way
-    of a term), and where rounding errors of random inputs are independent, g <= c sqrt(K) with overwhelming
-    probability (Higham and Mary 2019). Partial sums grow at most linearly, so the errors of K additions add up to a
-    standard deviation below u S sqrt(K / 3); c = 4 is seven of these, and 4 more roundings cover products and bias. So
-    g = min(K + 2, 4 sqrt(K) + 4). Where `exact`, inputs are small integers and g = 0.
 
-    Behind the sum, an activation multiplies the error by at most its steepest slope and adds one of its own: 16 u
-    max(1, |x|), three times what was measured for the worst of the built-in ones. A product of two inexact factors has
-    the error |a| d(b) + |b| d(a) + d(a) d(b) and a rounding. A residual may be where the sum starts from or be added
-    last: g + 2 roundings of its size, and one of the result's.
+def _status(operator: Operator, points: Sequence[dict[str, int]]) -> str:
+    if operator.axes == ("M",):
+        return f"checked at M={', '.join(str(point['M']) for point in points)}"
+    return f"checked at {len(points)} combinations of {', '.join(operator.axes)}"
 
-    Args:
-        problem: What to compute.
-        inputs: "x" [M, K], "weight" [N, K], and where the problem has them "bias" [N] and "residual" [M, outputs].
-        exact: Whether sums of the inputs are exact in float32.
 
-    Returns:
-        The result and the bound, each float64 [M, outputs].
-    """
-    u = _ROUNDOFF[problem.weight_format]
-    roundings = 0.0 if exact else min(problem.k + 2.0, 4.0 * math.sqrt(problem.k) + 4.0)
-    linear = replace(problem, activation=None, gated=False, residual=False)
-    outer = {name: array for name, array in inputs.items() if name != "residual"}
-    right = reference(problem, inputs)
-    plain = not (problem.activation or problem.gated)
-    total = right if plain and not problem.residual else reference(linear, outer)
-    if exact:
-        error = np.zeros_like(total)
-    else:
-        error = roundings * u * reference(linear, {name: np.abs(array) for name, array in outer.items()})
-    half = problem.outputs
-    value, bound = total[:, :half], error[:, :half]
-    if problem.activation:
-        own = 0.0 if problem.activation == "relu" else 16.0 * u * np.maximum(1.0, np.abs(value))
-        bound = _SLOPE[problem.activation] * bound + own
-    if problem.gated:
-        gate = {name: array[:half] if name in ("weight", "bias") else array for name, array in outer.items()}
-        value = reference(replace(problem, n=half, gated=False, residual=False), gate)
-        other, its = total[:, half:], error[:, half:]
-        bound = np.abs(value) * its + np.abs(other) * bound + its * bound + u * np.abs(value * other)
-    if problem.residual:
-        bound = bound + u * ((roundings + 2.0) * np.abs(inputs["residual"]) + np.abs(right))
-    return right, bound
+def _prepared(
+    directory: Path,
+    realized: Realized,
+    operator: Operator,
+    points: Sequence[dict[str, int]],
+    rng: np.random.Generator,
+    seconds: float,
+) -> Iterator[Launch]:
+    """Write the arrays of every launch, and what is right for them."""
+    names = tuple(o.name for o in realized.operands if o.is_tensor)
+    for data, side in (("reals", "after"), ("integers", "before")):
+        exact = data == "integers" and operator.exact
+        if operator.by_rows:
+            most = max(point["M"] for point in points)
+            _prepare(directory, data, "", realized, operator, {"M": most}, rng, exact)
+            for point in points:
+                rows = (int(rng.integers(most - point["M"] + 1)), point["M"])
+                yield Launch(point, "", rows, data, side, names, _limit(realized, point, seconds))
+        else:
+            for index, point in enumerate(points):
+                _prepare(directory, data, str(index), realized, operator, point, rng, exact)
+                yield Launch(point, str(index), (), data, side, names, _limit(realized, point, seconds))
 
 
 def _prepare(
-    directory: Path, data: str, realized: Realized, machine: Machine, rows: int, rng: np.random.Generator
+    directory: Path,
+    data: str,
+    group: str,
+    realized: Realized,
+    operator: Operator,
+    point: dict[str, int],
+    rng: np.random.Generator,
+    exact: bool,
 ) -> None:
-    """Write the arrays of one kind of data for the trial, and what is right for them."""
-    problem = realized.problem
-    inputs = _integers(problem, rows, rng) if data == "integers" else _reals(problem, rows, rng)
-    right = np.empty((rows, problem.outputs))
-    bound = np.empty((rows, problem.outputs))
-    step = max(1, 2**23 // problem.k)  # columns at a time, so that a float64 copy of the weight stays small
-    for start in range(0, problem.outputs, step):
-        columns = slice(start, min(start + step, problem.outputs))
-        right[:, columns], bound[:, columns] = expected(
-            *_columns(problem, inputs, columns), exact=data == "integers"
+    every = all_sizes(operator, point)
+    values = operator.inputs(realized.problem, every, rng, exact)
+    for name, found in operator.expected(realized.problem, every, values, exact).items():
+        np.save(directory / array_file(data, group, EXPECTED + name), found.right)
+        np.save(directory / array_file(data, group, BOUND + name), found.bound)
+    if realized.layout is not None:
+        values["weight"] = _packed(realized, values["weight"])
+    weights = {operand.name for operand in realized.operands if operand.role == "weight"}
+    for name, array in values.items():
+        np.save(directory / array_file(data, "" if name in weights else group, name), array)
+
+
+def _packed(realized: Realized, weight: Array) -> Array:
+    """The weight in the kernel's layout, which may be the user's own."""
+    assert realized.layout is not None
+    wanted = next(operand for operand in realized.operands if operand.name == "weight")
+    try:
+        packed = np.ascontiguousarray(realized.layout.pack(weight))
+    except Exception as error:  # the function is the user's
+        raise KernelError(
+            f"Packing the weight of {realized.problem.name} as {realized.layout.name!r} failed: "
+            f"{type(error).__name__}: {error}."
+        ) from error
+    if packed.shape != wanted.shape or packed.dtype.name != wanted.dtype:
+        raise KernelError(
+            f"The layout {realized.layout.name!r} packs the weight of {realized.problem.name} as {list(packed.shape)} "
+            f"{packed.dtype.name}, but says that it is {list(wanted.shape)} {wanted.dtype}."
         )
-    packed = layout_named(realized.kernel.layout, problem, machine).pack(inputs["weight"])
-    for name, array in {**inputs, "weight": packed, "expected": right, "bound": bound}.items():
-        np.save(directory / f"{data}.{name}.npy", array)
+    return packed
 
 
-def _shapes(problem: Matmul, rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    shapes = {
-        "x": (rows, problem.k),
-        "weight": (problem.n, problem.k),
-        "bias": (problem.n,),
-        "residual": (rows, problem.outputs),
-    }
-    return ((name, shapes[name]) for name in arguments(problem) if name != "out")
-
-
-def _reals(problem: Matmul, rows: int, rng: np.random.Generator) -> dict[str, Array]:
-    """Normal numbers; the weight scaled so that products are of order 1, where activations bend."""
-    inputs = {name: rng.standard_normal(shape, np.float32) for name, shape in _shapes(problem, rows)}
-    inputs["weight"] *= np.float32(1 / math.sqrt(problem.k))
-    return inputs
-
-
-def _integers(problem: Matmul, rows: int, rng: np.random.Generator) -> dict[str, Array]:
-    """Integers other than 0, the weight, bias and residual times a power of two: every sum of them is exact.
-
-    No sum reaches 2**24: products stay below 2**23, and bias and residual below 2**22 each.
-    """
-    largest = min(_LARGEST, math.isqrt(2**23 // problem.k))
-    typical = largest * (largest + 1) / 3 * math.sqrt(problem.k)
-    shift = min(22, max(0, round(math.log2(typical))))
-
-    def draw(shape: tuple[int, ...], limit: int) -> Array:
-        magnitude: Array = rng.integers(1, limit + 1, shape, np.int32).astype(np.float32)
-        return np.where(rng.integers(0, 2, shape, np.int8), magnitude, -magnitude)
-
-    limits = {"x": largest, "weight": largest, "bias": 2**shift, "residual": 2**shift}
-    inputs = {name: draw(shape, limits[name]) for name, shape in _shapes(problem, rows)}
-    for name in inputs.keys() - {"x"}:
-        inputs[name] *= np.float32(2.0**-shift)
-    return inputs
-
-
-def _columns(problem: Matmul, inputs: Mapping[str, Array], columns: slice) -> tuple[Matmul, dict[str, Array]]:
-    """The problem of some outputs alone."""
-    chosen: npt.NDArray[np.intp] = np.arange(columns.start, columns.stop)
-    rows = np.concatenate([chosen, chosen + problem.outputs]) if problem.gated else chosen
-    part = {name: array[rows] if name in ("weight", "bias") else array for name, array in inputs.items()}
-    if problem.residual:
-        part["residual"] = inputs["residual"][:, columns]
-    return replace(problem, n=len(rows)), part
+def all_sizes(operator: Operator, point: dict[str, int]) -> dict[str, int]:
+    """The sizes by which kernels are chosen, and those that follow from them: the cache's capacity in tiles."""
+    if "kv_len" not in operator.axes:
+        return point
+    return {**point, "tiles": -(-point["kv_len"] // GRANULE) * GRANULE // TILE}
 
 
 def _runs_here(machine: Machine, needed: frozenset[str]) -> bool:
@@ -275,8 +268,38 @@ def _build(realized: Realized, machine: Machine, directory: Path) -> Path:
     return library
 
 
-def _limit(problem: Matmul, rows: int, seconds: float) -> float:
-    return seconds + 2.0 * rows * problem.n * problem.k / _SLOWEST
+def _limit(realized: Realized, point: dict[str, int], seconds: float) -> float:
+    known = {"batch": 1, "seq": point.get("M", 1), "kv_len": 1, **point}
+    return seconds + evaluate(realized.problem.flops, known) / _SLOWEST
+
+
+def _run_here(directory: Path, request: Request, realized: Realized) -> _Outcome:
+    """Run a request for a kernel in Python, in this process."""
+    kernel, problem = realized.kernel, SimpleNamespace(**vars(realized.problem))
+    trial_here = Trial(directory, request.arguments, lambda values: kernel.make(problem, *values))
+    for launch in request.launches:
+        with _alarm(launch.seconds):
+            fault = trial_here.run(launch)
+        if fault:
+            return _Outcome(launch, fault["fault"])
+    return _Outcome(None)
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Turn the alarm of a launch that takes too long into an exception, where Python allows: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it did not finish within {seconds:.3g} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def _run(directory: Path, request: Request) -> _Outcome:
@@ -322,7 +345,7 @@ def _explained(outcome: _Outcome, directory: Path, request: Request) -> str | No
     if roomy.fault and roomy.fault.startswith(trial.OUT_OF_BOUNDS):
         return roomy.fault
     place = {"after": "past the end", "before": "before the start"}[launch.side]
-    for name in request.arguments:
+    for name in (a.name for a in request.arguments if a.role != "size"):
         if _run(directory, replace(request, launches=(replace(launch, guarded=(name,)),))).crash:
             return f"it reads {place} of {name!r} ({outcome.crash} in the inaccessible memory there)"
     return f"{outcome.fault}, when inaccessible memory lies directly {launch.side} its arguments"
@@ -342,17 +365,36 @@ def _digest(realized: Realized, machine: Machine) -> str:
         "symbol": realized.symbol,
         "func": tvm.ir.save_json(realized.func),
         "problem": realized.problem.to_json(),
-        "rows": [kernel.first, kernel.last],
-        "layout": layout_named(kernel.layout, realized.problem, machine).name,
+        "sizes": kernel.sizes.to_json(),
+        "operands": [str(operand) for operand in realized.operands],
+        "layout": _layout_source(realized),
         "machine": [machine.name, sorted(machine.features), str(machine.target)],
         "tvm": tvm.__version__,
         "objects": [hashlib.sha256(content).hexdigest() for content in realized.objects],
         "checking": [
             hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
-            for module in (sys.modules[__name__], trial, matmul_problem, layout)
+            for module in (sys.modules[__name__], trial, layout, *_record_modules())
         ],
     }
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def _layout_source(realized: Realized) -> list[str]:
+    """A layout by name, shape and what it makes of a small matrix: a user's function may change under its name."""
+    if realized.layout is None:
+        return []
+    weight = next(operand for operand in realized.operands if operand.name == "weight")
+    problem: Any = realized.problem
+    sample = np.arange(problem.n * min(problem.k, 64), dtype=np.float32).reshape(problem.n, -1)
+    try:
+        packed = np.ascontiguousarray(realized.layout.pack(sample)).tobytes()
+    except Exception:  # it may insist on the whole matrix, which the check itself gives it
+        packed = secrets.token_bytes(16)
+    return [realized.layout.name, str(weight), hashlib.sha256(packed).hexdigest()]
+
+
+def _record_modules() -> list[Any]:
+    return [module for name, module in sorted(sys.modules.items()) if name.startswith(operators.__name__)]
 
 
 def _recall(place: Path) -> str | None:
@@ -360,7 +402,7 @@ def _recall(place: Path) -> str | None:
         status = place.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
-    return status if status.startswith("checked at M=") else None
+    return status if status.startswith("checked at ") else None
 
 
 def _remember(place: Path, status: str) -> None:

@@ -1,6 +1,6 @@
 """Choice by size inside the compiled code: one function for a problem that calls one of several kernels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tvm import ir, tirx
@@ -10,55 +10,82 @@ from tvm.tirx.script.builder import ir as T
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.layout import Layout
-from relax_llm.kernels.matmul import Matmul, arguments
-from relax_llm.kernels.problem import tag
-from relax_llm.kernels.vectormath import ACTIVATIONS
+from relax_llm.kernels.matmul.epilogue import is_separate, left_over
+from relax_llm.kernels.matmul.problem import Matmul
+from relax_llm.kernels.operators import Operand, operator_of
+from relax_llm.kernels.problem import Problem, tag
+from relax_llm.plan.plan import Range
+from relax_llm.plan.sizes import Box
 
 INTERNAL = "relax_llm.internal"
 """Function attribute of kernels that only a dispatcher calls; they keep no symbol in the library."""
 
-_SERIAL_ROWS = 4
+OPEN = "relax_llm.open"
+"""Function attribute of open dispatchers: the name of the dispatcher beside which they stand in the library."""
+
+OPEN_SUFFIX = "__open"
+"""An open dispatcher's symbol is the dispatcher's and this."""
+
+CHOOSE = "relax_llm.choose"
+"""The host's function that an open dispatcher asks: (dispatcher, *sizes) -> index of a kernel."""
+
 _CPU = 1
 
 
 @dataclass(frozen=True)
 class Branch:
-    """What a dispatcher does for one range of rows.
+    """One kernel as a dispatcher calls it.
 
     Attributes:
-        last: The most rows of the range; None for the last range. Ranges follow one another.
+        name: The kernel's name in the plan.
         core: What the kernel computes of the problem.
+        operands: What it takes.
+        sizes: Names of the sizes it takes behind its operands.
         kernel: The kernel, internal.
         epilogue: What computes the rest, internal; None where the kernel computes all.
     """
 
-    last: int | None
-    core: Matmul
+    name: str
+    core: Problem
+    operands: tuple[Operand, ...]
+    sizes: tuple[str, ...]
     kernel: ir.GlobalVar
-    epilogue: ir.GlobalVar | None
+    epilogue: ir.GlobalVar | None = None
 
 
-def internal(func: PrimFunc, name: str) -> PrimFunc:
-    """A function over tensors as one over pointers and sizes, callable from other functions of its module.
+def internal(func: PrimFunc, operands: Sequence[Operand], name: str) -> tuple[PrimFunc, tuple[str, ...]]:
+    """A function over tensors as one over pointers and numbers, callable from other functions of its module.
 
     ::
 
         def mine(x: T.Buffer((M, 64)), out: T.Buffer((M, 48)))      def mine(x: T.handle, out: T.handle, M: T.int64)
+
+    Args:
+        func: What a kernel's form gave.
+        operands: What it takes.
+        name: The symbol.
+
+    Returns:
+        The function, and the names of the sizes that follow its operands.
     """
-    tensors = list(func.params)
     sizes: list[tirx.Var] = []
-    for tensor in tensors:
-        for size in tensor.ty.shape:
+    names: list[str] = []
+    params, views = [], []
+    for param, operand in zip(func.params, operands, strict=True):
+        if not operand.is_tensor:
+            params.append(param)
+            continue
+        pointer = tirx.Var(f"{param.name}_pointer", ir.PointerType(ir.PrimType(operand.dtype)))
+        params.append(pointer)
+        views.append(tirx.DeclBuffer(param, data=pointer))
+        for size, meant in zip(param.ty.shape, operand.shape, strict=True):
             if isinstance(size, tirx.Var) and not any(size.same_as(known) for known in sizes):
                 sizes.append(size)
-    pointers = [
-        tirx.Var(f"{tensor.name}_pointer", ir.PointerType(ir.PrimType("float32"))) for tensor in tensors
-    ]
-    views = [tirx.DeclBuffer(tensor, data=data) for tensor, data in zip(tensors, pointers, strict=True)]
+                names.append(str(meant))
     body = tirx.SeqStmt([*views, func.body, tirx.Return(tirx.const(0, "int32"))])
     for key, value in (("device_type", _CPU), ("device_id", 0)):  # what memory from TVM's pool is asked for
         body = tirx.AttrStmt(tirx.const(0, "int32"), key, tirx.const(value, "int32"), body)
-    made = tirx.PrimFunc([*pointers, *sizes], body, ret_type=ir.PrimType("int32"))
+    made = tirx.PrimFunc([*params, *sizes], body, ret_type=ir.PrimType("int32"))
     attrs: dict[str, object] = {
         "tirx.is_scheduled": True,
         "tirx.noalias": True,
@@ -68,94 +95,133 @@ def internal(func: PrimFunc, name: str) -> PrimFunc:
     }
     for key, attr in attrs.items():
         made = made.with_attr(key, attr)
-    return made
+    return made, tuple(names)
 
 
-def dispatcher(problem: Matmul, layout: Layout, branches: Sequence[Branch], name: str) -> PrimFunc:
-    """The function that the model calls: compares M with the bounds of the ranges, and calls.
+def dispatcher(
+    problem: Problem, layout: Layout | None, branches: Sequence[Branch], ranges: Sequence[Range], name: str
+) -> PrimFunc:
+    """The function that the model calls: compares the sizes with the bounds of the ranges, and calls.
+
+    ::
+
+        if batch * seq <= 8:   my_gemv(x, w, out, batch * seq)
+        else:                  tiled(x, w, out, batch * seq)
 
     Args:
         problem: What it solves.
         layout: How the weight lies in memory.
-        branches: In ascending order of rows.
+        branches: The kernels.
+        ranges: Which kernel serves which sizes; total.
         name: Its symbol.
     """
+    by_name = {branch.name: branch for branch in branches}
 
     def emit() -> None:
-        batch, seq = b.size("batch"), b.size("seq")
-        tensors = {"x": b.argument("x", (batch, seq, problem.k))}
-        tensors["weight"] = b.argument("weight", layout.shape(problem.n, problem.k))
-        if problem.bias:
-            tensors["bias"] = b.argument("bias", (problem.n,))
-        if problem.residual:
-            tensors["residual"] = b.argument("residual", (batch, seq, problem.outputs))
-        tensors["out"] = b.argument("out", (batch, seq, problem.outputs))
-        rows = batch * seq
+        sizes, run = _prologue(problem, layout)
 
-        def call(function: ir.GlobalVar, operands: list[Expr]) -> None:
-            T.evaluate(ir.Call(function, [*(operand.data for operand in operands), rows]))
+        def choose(rest: Sequence[tuple[Box, str]]) -> None:
+            cut = _cut(rest) if len({kernel for _, kernel in rest}) > 1 else None
+            if cut is None:
+                run(by_name[rest[0][1]])
+                return
+            axis, last = cut
+            below = [(box, kernel) for box, kernel in rest if box[axis][0] <= last]
+            above = [(box, kernel) for box, kernel in rest if box[axis][1] is None or box[axis][1] > last]
+            b.either(
+                sizes[axis] <= last,
+                lambda: choose([(_limited(box, axis, None, last), kernel) for box, kernel in below]),
+                lambda: choose([(_limited(box, axis, last + 1, None), kernel) for box, kernel in above]),
+            )
 
-        def run(branch: Branch) -> None:
-            raw = tensors["out"]
-            if problem.gated and not branch.core.gated:
-                raw = T.alloc_buffer((rows, problem.n), "float32")
-            call(branch.kernel, [raw if key == "out" else tensors[key] for key in arguments(branch.core)])
-            if branch.epilogue is not None:
-                operands = [tensors[key] for key in _left(problem, branch.core)]
-                if raw is not tensors["out"]:
-                    operands.insert(0, raw)
-                call(branch.epilogue, [*operands, tensors["out"]])
-
-        def choose(rest: Sequence[Branch]) -> None:
-            if rest[0].last is None:
-                run(rest[0])
-            else:
-                b.either(rows <= rest[0].last, lambda: run(rest[0]), lambda: choose(rest[1:]))
-
-        choose(branches)
+        axes = operator_of(problem).axes
+        choose([(part.sizes.within(axes), part.kernel) for part in ranges])
 
     return tag(b.prim_func(name, emit), problem)
 
 
-def _left(problem: Matmul, core: Matmul) -> list[str]:
-    """The tensors that an epilogue reads beside the product."""
-    return [name for name in ("bias", "residual") if getattr(problem, name) and not getattr(core, name)]
+def open_dispatcher(
+    problem: Problem, layout: Layout | None, branches: Sequence[Branch], name: str
+) -> PrimFunc:
+    """The same function with the choice left to the host; only controlled runs call it.
 
-
-def epilogue(problem: Matmul, core: Matmul, name: str) -> PrimFunc:
-    """What a kernel leaves of a problem, elementwise: (product [M, N]), (bias), (residual), out [M, outputs].
-
-    Where the product has the output's shape it is found in `out`, and replaced.
+    Args:
+        problem: What it solves.
+        layout: How the weight lies in memory.
+        branches: The kernels, in the order of the indices that `CHOOSE` gives.
+        name: The symbol of the dispatcher beside which it stands.
     """
-    outputs = problem.outputs
-    separate = problem.gated and not core.gated
 
     def emit() -> None:
-        rows = b.size("M")
-        product_arg = b.argument("product", (rows, problem.n)) if separate else None
-        left = _left(problem, core)
-        bias = b.argument("bias", (problem.n,)) if "bias" in left else None
-        residual = b.argument("residual", (rows, outputs)) if "residual" in left else None
-        out = b.argument("out", (rows, outputs))
-        product = out if product_arg is None else product_arg
+        sizes, run = _prologue(problem, layout)
+        chosen = b.local((1,), "int32")
+        asked = [T.cast(size, "int64") for size in sizes.values()]
+        b.put(chosen, T.Cast("int32", T.call_packed(CHOOSE, name, *asked)), 0)
 
-        def task(row: Expr) -> None:
-            def element(at: Expr, n: int) -> None:
-                def biased(start: Expr) -> Expr:
-                    value = b.load(product, row, start, lanes=n)
-                    return value if bias is None else value + b.load(bias, start, lanes=n)
+        def choose(index: int) -> None:
+            if index == len(branches) - 1:
+                run(branches[index])
+            else:
+                b.either(chosen[0] == index, lambda: run(branches[index]), lambda: choose(index + 1))
 
-                value = b.let("value", biased(at))
-                if problem.activation and not core.activation:
-                    value = b.let("activated", ACTIVATIONS[problem.activation](value))
-                if separate:
-                    value = value * biased(at + outputs)
-                if residual is not None:
-                    value = value + b.load(residual, row, at, lanes=n)
-                b.store(out, value, row, at, lanes=n)
+        choose(0)
 
-            b.sweep(outputs, element)
+    return tag(b.prim_func(name + OPEN_SUFFIX, emit), problem).with_attr(OPEN, name)
 
-        b.tasks(rows, task, serial_if=rows <= _SERIAL_ROWS, name="row")
 
-    return b.prim_func(name, emit)
+def _prologue(problem: Problem, layout: Layout | None) -> tuple[dict[str, Expr], Callable[[Branch], None]]:
+    """Declare what the model passes: the sizes that the choice depends on, and what emits the call of a branch."""
+    operator = operator_of(problem)
+    launched = operator.launched(problem, layout)
+    known = {
+        name: b.size(name)
+        for name in dict.fromkeys(s for o in launched for s in o.shape if isinstance(s, str))
+    }
+    given: dict[str, Expr] = {}
+    for operand in launched:
+        if operand.is_tensor:
+            shape = [known[size] if isinstance(size, str) else size for size in operand.shape]
+            given[operand.name] = b.argument(operand.name, shape, operand.dtype)
+        else:
+            given[operand.name] = known[operand.name] = b.scalar(operand.name)
+    if "M" in operator.axes:
+        known["M"] = known["batch"] * known["seq"]
+
+    def call(function: ir.GlobalVar, operands: Sequence[Expr], sizes: Sequence[str]) -> None:
+        pointers = [getattr(operand, "data", operand) for operand in operands]
+        T.evaluate(ir.Call(function, [*pointers, *(known[size] for size in sizes)]))
+
+    def run(branch: Branch) -> None:
+        tensors = dict(given)
+        if isinstance(problem, Matmul) and isinstance(branch.core, Matmul):
+            if is_separate(problem, branch.core):
+                tensors["out"] = T.alloc_buffer((known["M"], problem.n), "float32")
+            call(branch.kernel, [tensors[operand.name] for operand in branch.operands], branch.sizes)
+            if branch.epilogue is not None:
+                rest = [given[name] for name in left_over(problem, branch.core)]
+                product = [tensors["out"]] if is_separate(problem, branch.core) else []
+                call(branch.epilogue, [*product, *rest, given["out"]], ("M",))
+        else:
+            call(branch.kernel, [tensors[operand.name] for operand in branch.operands], branch.sizes)
+
+    return {axis: known[axis] for axis in operator.axes}, run
+
+
+def _cut(ranges: Sequence[tuple[Box, str]]) -> tuple[str, int] | None:
+    """The first bound that separates ranges, along the first axis that has one."""
+    for axis, _ in ranges[0][0].bounds:
+        lasts = [last for box, _ in ranges if (last := box[axis][1]) is not None]
+        firsts = [box[axis][0] for box, _ in ranges]
+        inner = [last for last in lasts if any(first > last for first in firsts)]
+        if inner:
+            return axis, min(inner)
+    return None
+
+
+def _limited(box: Box, axis: str, first: int | None, last: int | None) -> Box:
+    """A box cut to what lies above `first` or below `last` on an axis."""
+    low, high = box[axis]
+    low = low if first is None else max(low, first)
+    if last is not None:
+        high = last if high is None else min(high, last)
+    return Box(tuple((name, (low, high) if name == axis else bounds) for name, bounds in box.bounds))

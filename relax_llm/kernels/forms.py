@@ -1,9 +1,10 @@
-"""From what a user wrote to a TIR function over 2-D buffers: (x [M, K], weight, (bias), (residual), out [M, N])."""
+"""From what a user wrote to a TIR function over the operator's operands: (x [M, K], weight, ..., out [M, N])."""
 
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,17 @@ from tvm.tirx.script.builder import ir as T
 
 from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
+from relax_llm.kernels.layout import Layout
 from relax_llm.kernels.machine import Machine
-from relax_llm.kernels.matmul import Matmul, arguments, definition
+from relax_llm.kernels.matmul.epilogue import core
+from relax_llm.kernels.matmul.problem import Matmul
 from relax_llm.kernels.matmul.tiled import layout_named
-from relax_llm.plan.kernel import Kernel
+from relax_llm.kernels.operators import Operand, operator_of
+from relax_llm.kernels.problem import Problem
+from relax_llm.plan.kernel import Kernel, Layout as UserLayout
+from relax_llm.plan.python_kernel import PREFIX, PythonKernel, register
+
+_SUFFIXES = {".c": "c", ".cc": "c++", ".cpp": "c++", ".cxx": "c++", ".o": "object"}
 
 
 @dataclass(frozen=True)
@@ -28,139 +36,192 @@ class Realized:
         problem: What it computes: the problem asked for, less the epilogues that it does not absorb.
         symbol: Its name in the library.
         func: The TIR function.
+        operands: What it takes, in order.
+        layout: How its weight lies in memory, for operators that have one.
         objects: Object files to link, as bytes.
+        python: What calls back into Python, if it does.
     """
 
     kernel: Kernel
-    problem: Matmul
+    problem: Problem
     symbol: str
     func: PrimFunc
+    operands: tuple[Operand, ...]
+    layout: Layout | None = None
     objects: tuple[bytes, ...] = ()
+    python: PythonKernel | None = None
 
 
-def core(problem: Matmul, kernel: Kernel) -> Matmul:
-    """The part of a problem that a kernel computes: the product, and the epilogues up to the first it does not absorb.
-
-    Epilogues apply in the order bias, activation, gate, residual.
-    """
-    keep: dict[str, Any] = {"bias": False, "activation": None, "gated": False, "residual": False}
-    for epilogue, field in (
-        ("bias", "bias"),
-        ("activation", "activation"),
-        ("gate", "gated"),
-        ("residual", "residual"),
-    ):
-        if not getattr(problem, field):
-            continue
-        if epilogue not in kernel.absorbs:
-            break
-        keep[field] = getattr(problem, field)
-    if problem.gated and keep["activation"] and not keep["gated"]:
-        keep["activation"] = None  # the activation is the gate's alone
-    return replace(problem, **keep)
+def layout_of(kernel: Kernel, problem: Problem, machine: Machine) -> Layout | None:
+    """How a kernel wants the weight of a problem; None for operators without a weight of this kind."""
+    if not isinstance(problem, Matmul):
+        return None
+    return (
+        kernel.layout
+        if isinstance(kernel.layout, UserLayout)
+        else layout_named(kernel.layout, problem, machine)
+    )
 
 
-def realize(kernel: Kernel, problem: Matmul, machine: Machine) -> Realized:
+def realize(kernel: Kernel, problem: Problem, machine: Machine) -> Realized:
     """Make a kernel for a problem.
 
     Raises:
         Declined: The kernel does not want the problem.
         KernelError: What the function gave is not usable.
     """
-    part = core(problem, kernel)
+    part = core(problem, kernel) if isinstance(problem, Matmul) else problem
+    operator = operator_of(part)
+    layout = layout_of(kernel, part, machine)
+    operands = operator.operands(part, layout)
     symbol = f"{kernel.name}__{part.name}"
     if kernel.form == "schedule":
-        schedule = s_tir.Schedule(definition(part, flat=True))
+        if layout is not None and layout.name != "plain":
+            raise KernelError(
+                f"Kernel {kernel.name!r} is a schedule of the plain loops, which read the weight plain, not "
+                f"{layout.name}."
+            )
+        schedule = s_tir.Schedule(operator.definition(part))
         kernel.make(schedule, part)
-        return Realized(kernel, part, symbol, schedule.mod["main"])
+        return Realized(kernel, part, symbol, schedule.mod["main"], operands, layout)
+    if kernel.form == "python":
+        known = tuple((o.name, o.shape, o.dtype, o.role) for o in operands)
+        python = PythonKernel(kernel.name, symbol, asdict(part), known)
+        register(python, kernel)
+        return Realized(kernel, part, symbol, _packed(symbol, operands), operands, layout, python=python)
     made = kernel.make(part)
-    if isinstance(made, str):
-        func = _extern(symbol, part, kernel, machine)
-        return Realized(kernel, part, symbol, func, (_object(kernel, part, symbol, made, machine),))
+    if isinstance(made, str | Path):
+        func = _extern(symbol, operands)
+        return Realized(
+            kernel, part, symbol, func, operands, layout, (_object(kernel, part, symbol, made, machine),)
+        )
     if not isinstance(made, PrimFunc):
         raise KernelError(
-            f"Kernel {kernel.name!r} gave {type(made).__name__} for {part.name}; expected a TIR PrimFunc or C source."
+            f"Kernel {kernel.name!r} gave {type(made).__name__} for {part.name}; expected a TIR PrimFunc, C source or "
+            "the path of a C, C++ or object file."
         )
-    _check_signature(kernel, part, made, machine)
-    return Realized(kernel, part, symbol, made)
+    if kernel.form == "c":
+        raise KernelError(f"Kernel {kernel.name!r} says that it is C, but gave a PrimFunc.")
+    _check_signature(kernel, part, operands, made)
+    return Realized(kernel, part, symbol, made, operands, layout)
 
 
-def shapes(problem: Matmul, layout: str, machine: Machine, rows: Any) -> list[tuple[Any, ...]]:
-    """Shapes of a kernel's arguments, in order."""
-    known = {
-        "x": (rows, problem.k),
-        "weight": layout_named(layout, problem, machine).shape(problem.n, problem.k),
-        "bias": (problem.n,),
-        "residual": (rows, problem.outputs),
-        "out": (rows, problem.outputs),
-    }
-    return [known[name] for name in arguments(problem)]
+def sizes_of(operands: Sequence[Operand]) -> list[str]:
+    """Names of the symbolic sizes in the operands' shapes, in the order in which they first appear."""
+    return list(dict.fromkeys(size for o in operands for size in o.shape if isinstance(size, str)))
 
 
-def _extern(symbol: str, problem: Matmul, kernel: Kernel, machine: Machine) -> PrimFunc:
-    def emit() -> None:
-        rows = b.size("M")
-        tensors = [
-            b.argument(name, shape)
-            for name, shape in zip(
-                arguments(problem), shapes(problem, kernel.layout, machine, rows), strict=True
+def _flat_call(operands: Sequence[Operand]) -> list[b.Expr]:
+    """Declare the operands, and give what a function of pointers takes: pointers and numbers, then the sizes."""
+    sizes = {name: b.size(name) for name in sizes_of(operands)}
+    given = []
+    for operand in operands:
+        if operand.is_tensor:
+            shape = [sizes.get(size, size) if isinstance(size, str) else size for size in operand.shape]
+            given.append(b.argument(operand.name, shape, operand.dtype).data)
+        else:
+            given.append(b.scalar(operand.name))
+    return [*given, *sizes.values()]
+
+
+def _extern(symbol: str, operands: Sequence[Operand]) -> PrimFunc:
+    return b.prim_func(symbol, lambda: T.evaluate(T.call_extern("int32", symbol, *_flat_call(operands))))
+
+
+def _packed(symbol: str, operands: Sequence[Operand]) -> PrimFunc:
+    return b.prim_func(symbol, lambda: T.evaluate(T.call_packed(PREFIX + symbol, *_flat_call(operands))))
+
+
+def _object(kernel: Kernel, problem: Problem, symbol: str, made: str | Path, machine: Machine) -> bytes:
+    """Compile C or C++, in which the function has the kernel's name; or take an object file and rename it there."""
+    if isinstance(made, Path):
+        language = _SUFFIXES.get(made.suffix)
+        if language is None:
+            raise KernelError(
+                f"Kernel {kernel.name!r} gave the path {made}; known endings: {', '.join(_SUFFIXES)}."
             )
-        ]
-        T.evaluate(T.call_extern("int32", symbol, *[tensor.data for tensor in tensors], rows))
-
-    return b.prim_func(symbol, emit)
-
-
-def _object(kernel: Kernel, problem: Matmul, symbol: str, source: str, machine: Machine) -> bytes:
-    """Compile C source; the function has the kernel's name, and the macros N and K hold the problem's sizes."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise KernelError(
-            f"Kernel {kernel.name!r} is C source, but no C compiler (cc, gcc or clang) was found."
-        )
+        try:
+            content = made.read_bytes()
+        except OSError as error:
+            raise KernelError(f"Kernel {kernel.name!r}: {made} cannot be read: {error.strerror}.") from error
+    else:
+        language, content = "c", made.encode()
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / f"{kernel.name}.c"
-        path.write_text(
-            source, encoding="utf-8"
-        )  # compiled by its bare name, which some compilers keep in the object
-        flags = [
-            "-O3",
-            "-fPIC",
-            *machine.c_flags,
-            f"-D{kernel.name}={symbol}",
-            f"-DN={problem.n}",
-            f"-DK={problem.k}",
-        ]
-        command = [compiler, *flags, "-c", path.name, "-o", path.with_suffix(".o").name]
+        result = Path(directory) / "result.o"
+        if language == "object":
+            source = Path(directory) / f"{kernel.name}.o"
+            source.write_bytes(content)
+            tool = _tool(kernel, "an object file", "objcopy", "llvm-objcopy")
+            command = [tool, f"--redefine-sym={kernel.name}={symbol}", source.name, result.name]
+            what = "cannot be used as an object file"
+        else:
+            source = Path(directory) / f"{kernel.name}{'.c' if language == 'c' else '.cpp'}"
+            source.write_bytes(content)  # compiled by its bare name, which some compilers keep in the object
+            names = ("cc", "gcc", "clang") if language == "c" else ("c++", "g++", "clang++")
+            tool = _tool(kernel, f"{language.upper()} source", *names)
+            near = [f"-I{made.parent.resolve()}"] if isinstance(made, Path) else []
+            flags = ["-O3", "-fPIC", *machine.c_flags, *near, *_macros(problem), f"-D{kernel.name}={symbol}"]
+            command = [tool, *flags, "-c", source.name, "-o", result.name]
+            what = f"does not compile as {language.upper()}"
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory)
         if done.returncode:
-            raise KernelError(
-                f"Kernel {kernel.name!r} does not compile as C for {problem.name}:\n{done.stderr.strip()}"
-            )
-        return path.with_suffix(".o").read_bytes()
+            raise KernelError(f"Kernel {kernel.name!r} {what} for {problem.name}:\n{done.stderr.strip()}")
+        return result.read_bytes()
 
 
-def _check_signature(kernel: Kernel, problem: Matmul, func: PrimFunc, machine: Machine) -> None:
-    names = arguments(problem)
-    wanted = shapes(problem, kernel.layout, machine, "M")
-    signature = ", ".join(
-        f"{n} [{', '.join(map(str, s))}] float32" for n, s in zip(names, wanted, strict=True)
-    )
-    found = [getattr(param.ty, "shape", None) for param in func.params]
-    fits = len(found) == len(wanted) and all(
-        shape is not None
-        and len(shape) == len(expected)
-        and all(size == "M" or _equals(actual, size) for actual, size in zip(shape, expected, strict=True))
-        for shape, expected in zip(found, wanted, strict=False)
-    )
-    if not fits:
-        raise KernelError(
-            f"Kernel {kernel.name!r} has the wrong signature for {problem.name}; it must take ({signature})."
+def _tool(kernel: Kernel, what: str, *names: str) -> str:
+    for name in names:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise KernelError(f"Kernel {kernel.name!r} is {what}, but none of {', '.join(names)} was found.")
+
+
+def _macros(problem: Problem) -> list[str]:
+    """The problem's numbers as macros: N and K, or HEADS, KV_HEADS, HEAD_DIM, SCALE and WINDOW (0 for none)."""
+    return [
+        f"-D{name.upper()}={int(value) if isinstance(value, bool) else value or 0}"
+        for name, value in asdict(problem).items()
+        if value is None or isinstance(value, int | float)
+    ]
+
+
+def _check_signature(kernel: Kernel, problem: Problem, operands: Sequence[Operand], func: PrimFunc) -> None:
+    found = [(getattr(param.ty, "shape", None), str(getattr(param.ty, "dtype", ""))) for param in func.params]
+    bounds = dict(kernel.sizes.bounds)
+
+    def fits(actual: Any, expected: int | str) -> bool:
+        if isinstance(expected, int):
+            return _equals(actual, expected)
+        first, last = bounds.get(expected, (1, None))
+        return not _is_number(actual) or (first == last and _equals(actual, first))
+
+    def same(operand: Operand, shape: Any, dtype: str) -> bool:
+        if not operand.is_tensor:
+            return shape is None and dtype == operand.dtype
+        return (
+            shape is not None
+            and dtype == operand.dtype
+            and len(shape) == len(operand.shape)
+            and all(fits(actual, expected) for actual, expected in zip(shape, operand.shape, strict=True))
         )
+
+    if len(found) != len(operands) or not all(
+        same(operand, *given) for operand, given in zip(operands, found, strict=True)
+    ):
+        raise KernelError(
+            f"Kernel {kernel.name!r} has the wrong signature for {problem.name}; it must take "
+            f"({', '.join(map(str, operands))})."
+        )
+
+
+def _is_number(size: Any) -> bool:
+    try:
+        int(size)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _equals(actual: Any, expected: int) -> bool:
-    try:
-        return int(actual) == expected
-    except (TypeError, ValueError):
-        return False
+    return _is_number(actual) and int(actual) == expected

@@ -1,9 +1,12 @@
 """How a weight matrix lies in memory. A layout belongs to the kernels that read it; packing happens once."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
+
+from relax_llm.plan.kernel import Layout as UserLayout
 
 
 @dataclass(frozen=True)
@@ -11,6 +14,7 @@ class Plain:
     """[N, K], as in the checkpoint."""
 
     name: str = "plain"
+    dtype: ClassVar[str] = "float32"
 
     def shape(self, n: int, k: int) -> tuple[int, int]:
         """Shape of the matrix."""
@@ -35,6 +39,7 @@ class Tiled:
 
     cols: int
     gated: bool = False
+    dtype: ClassVar[str] = "float32"
 
     @property
     def name(self) -> str:
@@ -70,7 +75,7 @@ class Tiled:
         return packed
 
 
-Layout = Plain | Tiled
+Layout = Plain | Tiled | UserLayout
 
 
 def parse(name: str) -> Layout:

@@ -7,22 +7,33 @@ from tvm.tirx import PrimFunc
 
 from relax_llm.kernels import attention, cache, lookup, norm, positions
 from relax_llm.kernels.machine import Machine
-from relax_llm.kernels.matmul import Matmul
+from relax_llm.kernels.matmul.family import matmul_kernels
+from relax_llm.kernels.matmul.problem import Matmul
 from relax_llm.kernels.matmul.tiled import tiled
 from relax_llm.kernels.problem import Problem
+from relax_llm.plan.kernel import Kernel
 
-_BUILD: dict[type[Problem], Callable[[Any, Machine], PrimFunc]] = {
-    attention.Attention: attention.attention,
-    cache.Append: cache.append,
-    lookup.Embedding: lookup.embedding,
-    lookup.LastToken: lookup.last_token,
-    Matmul: tiled,
-    norm.Norm: norm.norm,
-    positions.Positions: positions.positions,
-    positions.RopeTable: positions.rope_table,
+_BUILD: dict[type[Problem], tuple[str, Callable[[Any, Machine], PrimFunc]]] = {
+    attention.Attention: ("streaming", attention.attention),
+    cache.Append: ("by_position", cache.append),
+    lookup.Embedding: ("by_row", lookup.embedding),
+    lookup.LastToken: ("by_sequence", lookup.last_token),
+    Matmul: ("tiled", tiled),
+    norm.Norm: ("by_row", norm.norm),
+    positions.Positions: ("in_order", positions.positions),
+    positions.RopeTable: ("by_position", positions.rope_table),
 }
+"""For each kind of problem the kernel that serves every size, with the operands that the model passes."""
 
 
 def build(problem: Problem, machine: Machine) -> PrimFunc:
-    """The kernel that solves a problem on a machine."""
-    return _BUILD[type(problem)](problem, machine)
+    """The kernel that solves a problem at every size, as the model calls it."""
+    return _BUILD[type(problem)][1](problem, machine)
+
+
+def built_in(problem: Problem, machine: Machine) -> list[Kernel]:
+    """The kernels that ship for a problem's operator, in the order of their precedence."""
+    if isinstance(problem, Matmul):
+        return matmul_kernels(machine)
+    name, make = _BUILD[type(problem)]
+    return [Kernel(name, problem.operator, "primfunc", lambda p: make(p, machine))]

@@ -10,7 +10,7 @@ from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.layout import Tiled, parse
 from relax_llm.kernels.machine import Machine
-from relax_llm.kernels.problem import Problem, tag
+from relax_llm.kernels.problem import Problem, require_positive, tag
 
 _SERIAL_ROWS = 16
 
@@ -29,6 +29,9 @@ class Embedding(Problem):
     rows: int
     hidden: int
     layout: str | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(self, "rows", "hidden")
 
     @property
     def flops(self) -> str:
@@ -73,6 +76,9 @@ class LastToken(Problem):
 
     operator: ClassVar[str] = "last_token"
     hidden: int
+
+    def __post_init__(self) -> None:
+        require_positive(self, "hidden")
 
     @property
     def flops(self) -> str:

@@ -6,10 +6,11 @@ from typing import ClassVar
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
+from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.machine import Machine
-from relax_llm.kernels.problem import Problem, tag
+from relax_llm.kernels.problem import Problem, require_positive, tag
 
 _SERIAL_ROWS = 4
 
@@ -30,6 +31,11 @@ class Norm(Problem):
     eps: float
     centered: bool = False
     bias: bool = False
+
+    def __post_init__(self) -> None:
+        require_positive(self, "hidden")
+        if self.eps < 0:
+            raise KernelError(f"eps of a norm must not be negative, but is {self.eps}.")
 
     @property
     def flops(self) -> str:

@@ -6,6 +6,7 @@ from typing import ClassVar
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
+from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.machine import Machine
@@ -55,6 +56,12 @@ class RopeTable(Problem):
     inverse_frequencies: tuple[float, ...]
     magnitude: float = 1.0
     dynamic: tuple[float, float, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.inverse_frequencies:
+            raise KernelError("A rope table needs at least one frequency.")
+        if self.dynamic is not None and len(self.inverse_frequencies) < 2:
+            raise KernelError("Dynamic scaling of a rope table needs at least two frequencies.")
 
     @property
     def flops(self) -> str:

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from tvm.tirx import PrimFunc
 
+from relax_llm.errors import KernelError
+
 ATTRIBUTE = "relax_llm.problem"
 _SHORT = {"heads": "h", "kv_heads": "kv", "head_dim": "d"}
 _OPERATORS: dict[str, type["Problem"]] = {}
@@ -71,6 +73,19 @@ class Problem:
         return kind(
             **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         )
+
+
+def require_positive(problem: Problem, *names: str) -> None:
+    """Refuse a problem whose fields are not sizes.
+
+    Raises:
+        KernelError: A field is below 1.
+    """
+    for name in names:
+        if getattr(problem, name) < 1:
+            raise KernelError(
+                f"{name} of a {problem.operator} problem must be at least 1, not {getattr(problem, name)}."
+            )
 
 
 def tag(func: PrimFunc, problem: Problem) -> PrimFunc:

@@ -19,18 +19,32 @@ import numpy as np
 import numpy.typing as npt
 
 from relax_llm import ffi
+from relax_llm.artifact.weights import dtype_of
 
 Array = npt.NDArray[Any]
 
 REQUEST = "request.json"
+EXPECTED, BOUND = "expected.", "bound."
+"""Before a result's name: what it should be, and how far from it it may be."""
 OUT_OF_BOUNDS = "it wrote out of bounds"
 _FILL = 0xFF  # Around the buffers: as float32 it is a NaN, which shows in a result that uses it.
 _ALIGNMENT = 64  # Bytes; what TVM's generated code may assume of a tensor.
 _UNWRITTEN = {
-    "reals": np.uint32(0x7FC0DEAD).view(np.float32),  # A NaN: whatever is computed from it is wrong.
-    "integers": np.float32(-1.2345e30),  # A number: it shows where NaN does not, in max(out, value).
+    "reals": np.uint32(0x7FC0DEAD),  # A NaN: whatever is computed from it is wrong.
+    "integers": np.float32(-1.2345e30).view(
+        np.uint32
+    ),  # A number: it shows where NaN does not, in max(out, value).
 }
-_BEHIND = np.float32(-77.25)  # Small, so that a sum with it differs from it.
+_BEHIND = np.float32(-77.25).view(np.uint32)  # Small, so that a sum with it differs from it.
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of the kernel, as `relax_llm.kernels.operators.Operand` describes it."""
+
+    name: str
+    dtype: str
+    role: str
 
 
 @dataclass(frozen=True)
@@ -38,20 +52,29 @@ class Launch:
     """One execution of the kernel.
 
     Attributes:
-        rows: M.
-        first: The row of the prepared x and residual that it begins with.
-        data: Which prepared arrays it gets: "reals" or "integers".
+        sizes: The symbolic sizes; those that are arguments are passed.
+        group: Which prepared arrays it gets, beside the weights, which all launches share.
+        rows: Where a launch is a part of a larger one, the first of its rows and how many they are; else empty.
+        data: Which kind of data it gets: "reals" or "integers".
         side: Where inaccessible memory is: directly "after" or directly "before" the guarded arguments.
         guarded: The arguments next to inaccessible memory; others have room on both sides.
         seconds: How long it may take.
     """
 
-    rows: int
-    first: int
+    sizes: dict[str, int]
+    group: str
+    rows: tuple[int, ...]
     data: str
     side: str
     guarded: tuple[str, ...]
     seconds: float
+
+    @property
+    def where(self) -> str:
+        """Its sizes as text; a batch of one is not worth a word."""
+        return ", ".join(
+            f"{name}={size}" for name, size in self.sizes.items() if (name, size) != ("batch", 1)
+        )
 
 
 @dataclass(frozen=True)
@@ -61,14 +84,14 @@ class Request:
     Attributes:
         library: Path of the library.
         symbol: The function in it.
-        arguments: Names of its tensors, in order, "out" last. Of each but "out" the directory has an array for
-            each kind of data, `reals.x.npy`; and it has `reals.expected.npy` and `reals.bound.npy`, [rows, outputs].
+        arguments: What it takes, in order. For each tensor but outputs the directory has an array for each kind of data
+            and group, as `array_file` names them; for each result it has what is expected, and the bound.
         launches: What to run, in order; the first fault ends it.
     """
 
     library: str
     symbol: str
-    arguments: tuple[str, ...]
+    arguments: tuple[Argument, ...]
     launches: tuple[Launch, ...]
 
     def write(self, directory: Path) -> None:
@@ -80,28 +103,37 @@ class Request:
         """The request that `write` wrote."""
         values = json.loads((directory / REQUEST).read_text(encoding="utf-8"))
         launches = tuple(
-            Launch(**{**launch, "guarded": tuple(launch["guarded"])}) for launch in values.pop("launches")
+            Launch(**{**launch, "guarded": tuple(launch["guarded"]), "rows": tuple(launch["rows"])})
+            for launch in values.pop("launches")
         )
-        return Request(**{**values, "arguments": tuple(values["arguments"]), "launches": launches})
+        arguments = tuple(Argument(**argument) for argument in values.pop("arguments"))
+        return Request(**values, arguments=arguments, launches=launches)
+
+
+def array_file(data: str, group: str, name: str) -> str:
+    """The file of a prepared array."""
+    return f"{data}.{group}.{name}.npy"
 
 
 class Guarded:
     """An array in memory of its own: an inaccessible page, room filled with `_FILL`, the array, room, and again a page.
 
     Attributes:
-        array: The array, float32, 64-byte aligned.
+        array: The array, 64-byte aligned.
     """
 
-    def __init__(self, shape: Sequence[int], side: str | None) -> None:
+    def __init__(self, shape: Sequence[int], dtype: str, side: str | None) -> None:
         """Allocate.
 
         Args:
             shape: Of the array.
+            dtype: Of its elements.
             side: "after": the array ends at the second inaccessible page, as near as alignment allows; "before": it
                 begins at the first; None: a page of room on both sides.
         """
         page = mmap.PAGESIZE
-        size = 4 * int(np.prod(shape))
+        kind = dtype_of(dtype)
+        size = kind.itemsize * int(np.prod(shape))
         room = -(-size // page) * page + 2 * page
         memory = np.frombuffer(mmap.mmap(-1, room + 2 * page), np.uint8)
         _forbid(memory[:page])
@@ -110,7 +142,12 @@ class Guarded:
         usable[:] = _FILL
         start = {"after": room - -(-size // _ALIGNMENT) * _ALIGNMENT, "before": 0, None: page}[side]
         self._before, self._after = usable[:start], usable[start + size :]
-        self.array: Array = usable[start : start + size].view(np.float32).reshape(shape)
+        self.array: Array = usable[start : start + size].view(kind).reshape(shape)
+
+    def poison(self, bits: np.uint32) -> None:
+        """Fill the array with the same four bytes."""
+        flat = self.array.reshape(-1).view(np.uint8)
+        flat[...] = np.resize(np.frombuffer(bits.tobytes(), np.uint8), flat.size)
 
     def overrun(self) -> str | None:
         """Where the room around the array was written to, if it was."""
@@ -129,33 +166,44 @@ def _forbid(page: Array) -> None:
         raise OSError(ctypes.get_errno(), "mprotect failed")
 
 
-class _Trial:
-    """The prepared arrays, and the weight in guarded memory for as long as launches ask for the same."""
+Function = Callable[[Sequence[Any]], None]
+"""Runs the kernel on its arguments: arrays and numbers."""
 
-    def __init__(self, directory: Path, request: Request, function: Callable[..., Any], tensor: Any) -> None:
+
+class Trial:
+    """The prepared arrays, and the weights in guarded memory for as long as launches ask for the same."""
+
+    def __init__(self, directory: Path, arguments: Sequence[Argument], function: Function) -> None:
+        """Prepare to launch a function on what lies in a directory."""
         self._directory = directory
-        self._arguments = request.arguments
+        self._arguments = arguments
+        self._tensors = {argument.name: argument for argument in arguments if argument.role != "size"}
         self._function = function
-        self._tensor = tensor
         self._kept: dict[str, tuple[tuple[str, str | None], Guarded]] = {}
 
-    def _source(self, launch: Launch, name: str) -> Array:
+    def _source(self, launch: Launch, name: str, kind: str = "") -> Array:
         """The prepared array as this launch gets it, mapped from its file."""
-        array: Array = np.load(self._directory / f"{launch.data}.{name}.npy", mmap_mode="r")
-        if name in ("weight", "bias"):
+        weight = self._tensors[name].role == "weight"
+        file = self._directory / array_file(launch.data, "" if weight else launch.group, kind + name)
+        array: Array = np.load(file, mmap_mode="r").view(
+            dtype_of(self._tensors[name].dtype) if not kind else None
+        )
+        if weight or not launch.rows:
             return array
-        return array[launch.first : launch.first + launch.rows]
+        first, count = launch.rows
+        return array[first : first + count]
 
     def _place(self, launch: Launch, name: str) -> Guarded:
+        argument = self._tensors[name]
         side = launch.side if name in launch.guarded else None
         key = (launch.data, side)
         if name in self._kept and self._kept[name][0] == key:
             return self._kept[name][1]
-        source = self._source(launch, "expected" if name == "out" else name)
-        place = Guarded(source.shape, side)
-        if name != "out":
+        source = self._source(launch, name, EXPECTED if argument.role == "output" else "")
+        place = Guarded(source.shape, argument.dtype, side)
+        if argument.role != "output":
             place.array[...] = source
-        if name in ("weight", "bias"):
+        if argument.role == "weight":
             self._kept[name] = (key, place)
         return place
 
@@ -165,73 +213,90 @@ class _Trial:
         Returns:
             What was wrong, as {"fault": sentence}, or None.
         """
-        fault, out = self._call(launch, _UNWRITTEN[launch.data])
-        if fault or out is None:
+        fault, results = self._call(launch, _UNWRITTEN[launch.data])
+        if fault:
             return {"fault": fault}
-        expected, bound = self._source(launch, "expected"), self._source(launch, "bound")
+        for name, out in results.items():
+            fault = self._judged(launch, name, out)
+            if fault:
+                return {"fault": fault}
+        return None
+
+    def _judged(self, launch: Launch, name: str, out: Array) -> str | None:
+        """What is wrong with one result, if something is."""
+        expected, bound = self._source(launch, name, EXPECTED), self._source(launch, name, BOUND)
         with np.errstate(invalid="ignore"):
-            error = np.abs(out - expected)
-            wrong = ~(error <= bound)
+            error = np.abs(out.astype(np.float64) - expected)
+            wrong = ~(error <= bound) & ~(np.isnan(out) & np.isnan(expected))
         if not wrong.any():
             return None
-        row, column = (int(at[0]) for at in np.nonzero(wrong))
-        where = f"element [{row}, {column}]"
+        at = tuple(int(index[0]) for index in np.nonzero(wrong))
+        of = "" if name == "out" else f" of {name!r}"
+        where = f"element {list(at)}{of}"
         wrongs = f"{int(wrong.sum())} of {wrong.size} elements are wrong"
-        if launch.data == "reals" and not np.isnan(out[row, column]):
-            return {
-                "fault": f"{_mismatch(where, out, expected, bound, row, column)}; {wrongs}{_worst(error, bound)}."
-            }
+        told = f"{_mismatch(where, out, expected, bound, at)}; {wrongs}{_worst(error, bound)}."
+        if self._tensors[name].role == "updated" or (launch.data == "reals" and not np.isnan(out[at])):
+            return told
         # Either not written, or computed from what the output held before: another value there tells.
         fault, again = self._call(launch, _BEHIND)
-        if fault or again is None:
-            return {"fault": fault}
-        if again[row, column] == _BEHIND:
-            return {"fault": f"{where} of the output was never written; {wrongs}."}
-        if _differs(out[row, column], again[row, column]):
-            return {
-                "fault": f"{where} depends on what was in the output before the launch: it is read before it is "
+        if fault:
+            return fault
+        behind = np.broadcast_to(_BEHIND, (2,)).copy().view(out.dtype)[0]
+        if again[name][at] == behind:
+            return f"{where} of the output was never written; {wrongs}."
+        if _differs(out[at], again[name][at]):
+            return (
+                f"{where} depends on what was in the output before the launch: it is read before it is "
                 f"written (a sum must begin at zero); {wrongs}."
-            }
-        if np.isnan(out[row, column]):
-            return {"fault": f"{where} is NaN where {expected[row, column]:.9g} is right; {wrongs}."}
-        return {
-            "fault": f"{_mismatch(where, out, expected, bound, row, column)}; {wrongs}{_worst(error, bound)}."
-        }
+            )
+        if np.isnan(out[at]):
+            return f"{where} is NaN where {expected[at]:.9g} is right; {wrongs}."
+        return told
 
-    def _call(self, launch: Launch, poison: np.float32) -> tuple[str | None, Array | None]:
-        """Run the function on an output full of `poison`: (what was wrong with its conduct, the output)."""
-        places = {name: self._place(launch, name) for name in self._arguments}
-        places["out"].array[...] = poison
-        tensors = [self._tensor(place.array) for place in places.values()]
+    def _call(self, launch: Launch, poison: np.uint32) -> tuple[str | None, dict[str, Array]]:
+        """Run the function on outputs full of `poison`: (what was wrong with its conduct, the results)."""
+        places = {name: self._place(launch, name) for name in self._tensors}
+        for name, place in places.items():
+            if self._tensors[name].role == "output":
+                place.poison(poison)
+        values = [
+            places[argument.name].array if argument.name in places else launch.sizes[argument.name]
+            for argument in self._arguments
+        ]
         signal.setitimer(signal.ITIMER_REAL, launch.seconds)
         try:
-            self._function(*tensors)
+            self._function(values)
         except Exception as error:
-            return f"the launch raised: {' '.join(str(error).split())[-400:]}", None
+            return f"the launch raised: {' '.join(str(error).split())[-400:]}", {}
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for name, place in places.items():
             overrun = place.overrun()
             if overrun:
-                return f"{OUT_OF_BOUNDS}: {overrun} of {name!r}.", None
+                return f"{OUT_OF_BOUNDS}: {overrun} of {name!r}.", {}
         for name, place in places.items():
-            if name == "out":
+            if self._tensors[name].role in ("output", "updated"):
                 continue
             source = self._source(launch, name)
-            changed = np.argwhere(place.array.view(np.uint32) != source.view(np.uint32))
+            whole = np.uint8 if source.dtype.itemsize == 1 else f"u{source.dtype.itemsize}"
+            changed = np.argwhere(place.array.view(whole) != source.view(whole))
             if changed.size:
                 at = tuple(int(index) for index in changed[0])
                 return (
                     f"it modified its input {name!r}: element {list(at)} was {source[at]:.9g} and is "
                     f"{place.array[at]:.9g}."
-                ), None
-        return None, places["out"].array
+                ), {}
+        return None, {
+            name: place.array
+            for name, place in places.items()
+            if self._tensors[name].role in ("output", "updated")
+        }
 
 
-def _mismatch(where: str, out: Array, expected: Array, bound: Array, row: int, column: int) -> str:
+def _mismatch(where: str, out: Array, expected: Array, bound: Array, at: tuple[int, ...]) -> str:
     return (
-        f"{where} is {out[row, column]:.9g} where {expected[row, column]:.9g} is right "
-        f"(error {abs(out[row, column] - expected[row, column]):.3g}, bound {bound[row, column]:.3g})"
+        f"{where} is {out[at]:.9g} where {expected[at]:.9g} is right "
+        f"(error {abs(out[at] - expected[at]):.3g}, bound {bound[at]:.3g})"
     )
 
 
@@ -242,7 +307,7 @@ def _worst(error: Array, bound: Array) -> str:
     return f", the largest error is {finite.max():.3g} against a largest bound of {bound.max():.3g}"
 
 
-def _differs(a: np.float32, b: np.float32) -> bool:
+def _differs(a: Any, b: Any) -> bool:
     return not (a == b or (np.isnan(a) and np.isnan(b)))
 
 
@@ -268,7 +333,11 @@ def main(directory: Path) -> None:
         reason = str(error).replace(request.library, "library")
         tell(fault=f"its library cannot be loaded: {' '.join(reason.split())[-400:]}")
         os._exit(0)
-    trial = _Trial(directory, request, function, runtime.from_dlpack)
+
+    def call(values: Sequence[Any]) -> None:
+        function(*[runtime.from_dlpack(v) if isinstance(v, np.ndarray) else v for v in values])
+
+    trial = Trial(directory, request.arguments, call)
     for index, launch in enumerate(request.launches):
         tell(launch=index)
         fault = trial.run(launch)

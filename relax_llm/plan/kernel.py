@@ -1,21 +1,59 @@
 """The one door: a kernel of yours, whatever it is written in, as a record that the compiler can choose."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any, Literal
 
-from relax_llm.errors import KernelError
-from relax_llm.plan.plan import parts_of
+import numpy.typing as npt
 
-Form = Literal["primfunc", "schedule", "c"]
+from relax_llm.errors import KernelError, PlanError
+from relax_llm.plan.plan import parts_of
+from relax_llm.plan.sizes import Bounds, Box
+
+Form = Literal["primfunc", "schedule", "c", "python"]
+Cost = Callable[[Any, Mapping[str, int]], float]
+
+AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "matmul": ("M",),
+        "norm": ("M",),
+        "embedding": ("M",),
+        "append": ("batch", "seq", "kv_len"),
+        "attention": ("batch", "seq", "kv_len"),
+        "last_token": ("batch", "seq"),
+        "positions": ("seq", "kv_len"),
+        "rope_table": ("seq", "kv_len"),
+    }
+)
+"""The operators, and the sizes by which their kernels are chosen."""
 
 _EPILOGUES = ("bias", "activation", "gate", "residual")
+_FORMS = ("primfunc", "schedule", "c", "python")
+_BUILT_IN_LAYOUTS = ("plain", "tiled")
 
 
 class Declined(Exception):  # noqa: N818 - not an error: an answer
     """Raised by a kernel that does not want a problem; the message is the reason, shown to the user."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A weight layout of your own. The weight is packed once, when the artifact is made.
+
+    Attributes:
+        name: What plans and manifests call it; kernels that share a weight must name the same layout.
+        shape: Gives the shape of the packed weight for N outputs over K inputs.
+        pack: Makes it from the weight [N, K], as in the checkpoint.
+        dtype: Of the packed weight.
+    """
+
+    name: str
+    shape: Callable[[int, int], tuple[int, ...]]
+    pack: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -24,28 +62,37 @@ class Kernel:
 
     Attributes:
         name: What plans and tables call it.
-        operator: What it computes: "matmul".
+        operator: What it computes; a key of `AXES`.
         form: "primfunc": `make(problem)` gives a TIR PrimFunc; "schedule": `make(schedule, problem)` transforms an
-            `s_tir.Schedule` on the problem's definition; "c": `make(problem)` gives C source.
+            `s_tir.Schedule` on the problem's definition; "c": `make(problem)` gives C or C++ source, or the path of an
+            object file; "python": `make(problem, *arrays)` computes on NumPy arrays.
         make: The function that was decorated.
-        first: The fewest rows it is valid for.
-        last: The most, or None.
-        layout: How it wants the weight: "plain", [N, K] as in the checkpoint, or "tiled" as the built-in kernels.
+        sizes: What it is valid for.
+        layout: How it wants the weight: "plain", [N, K] as in the checkpoint, "tiled" as the built-in kernels, or a
+            layout of its own.
         absorbs: Which epilogues it computes itself, of "bias", "activation", "gate", "residual"; others are added.
         sites: Patterns of the places it may serve.
         features: Instruction set extensions it needs, as /proc/cpuinfo spells them.
+        weights: Weight formats it reads.
+        cost: Seconds that a launch takes, for a problem and its sizes, as far as can be told without measuring.
     """
 
     name: str
     operator: str
     form: Form
     make: Callable[..., Any]
-    first: int = 1
-    last: int | None = None
-    layout: str = "plain"
+    sizes: Box = Box()  # noqa: RUF009 - frozen
+    layout: str | Layout = "plain"
     absorbs: frozenset[str] = frozenset()
     sites: tuple[str, ...] = ("*",)
     features: frozenset[str] = frozenset()
+    weights: frozenset[str] = frozenset({"f32"})
+    cost: Cost | None = None
+
+    @property
+    def layout_name(self) -> str:
+        """The name of its weight layout."""
+        return self.layout.name if isinstance(self.layout, Layout) else self.layout
 
     def serves(self, site: str) -> bool:
         """Whether one of the site patterns matches the site, or a part of it where several were fused."""
@@ -55,12 +102,17 @@ class Kernel:
 def kernel(
     operator: str,
     *,
-    m: tuple[int, int | None] | int = (1, None),
+    m: Bounds | int | None = None,
+    seq: Bounds | int | None = None,
+    kv_len: Bounds | int | None = None,
+    batch: Bounds | int | None = None,
     form: Form | None = None,
-    layout: str = "plain",
+    layout: str | Layout = "plain",
     absorbs: tuple[str, ...] = (),
     sites: str | tuple[str, ...] = "*",
     features: tuple[str, ...] = (),
+    weights: tuple[str, ...] = ("f32",),
+    cost: Cost | None = None,
     name: str | None = None,
 ) -> Callable[[Callable[..., Any]], Kernel]:
     """Make a kernel of a function.
@@ -72,46 +124,76 @@ def kernel(
             ...
             return prim_func             # (x [M, K], weight [N, K], out [M, N])
 
+        @rl.kernel("attention", seq=1, kv_len=(1, 512))
+        def my_decode_attention(problem): ...
+
     Args:
-        operator: "matmul".
-        m: The rows it is valid for: (first, last), both included; last None for no end; or one number.
-        form: What the function gives; a function with a parameter `schedule` is a schedule, else the result tells
-            a PrimFunc from C source.
-        layout: "plain" or "tiled".
+        operator: "matmul", "attention", or another key of `AXES`.
+        m: The rows it is valid for: (first, last), both included; last None for no end; or one number. For matmul,
+            norm and embedding, where M = batch * seq.
+        seq: The query tokens it is valid for, likewise; for attention and what belongs to it.
+        kv_len: The tokens in the cache, those of this step included.
+        batch: The sequences.
+        form: What the function gives; by default a function with a parameter `schedule` is a schedule, and else the
+            result tells a PrimFunc from C source. "python" must be said.
+        layout: "plain", "tiled", or a `Layout`.
         absorbs: Epilogues the kernel computes itself.
         sites: One or more patterns such as "layers.*.mlp.*".
         features: Instruction set extensions it needs.
+        weights: Weight formats it reads.
+        cost: Gives the seconds of a launch for (problem, sizes). A kernel with a cost competes with the others;
+            one without serves all its sizes.
         name: By default the function's.
 
     Raises:
         KernelError: An argument is not usable.
     """
-    first, last = (m, m) if isinstance(m, int) else m
-    if operator != "matmul":
-        raise KernelError(f"Kernels for the operator {operator!r} cannot be registered; known: matmul.")
-    if first < 1 or (last is not None and last < first):
+    axes = AXES.get(operator)
+    if axes is None:
         raise KernelError(
-            f"m={m!r} is not a range: the first number must be at least 1 and not exceed the last."
+            f"Kernels for the operator {operator!r} cannot be registered; known: {', '.join(AXES)}."
         )
-    if layout not in ("plain", "tiled"):
-        raise KernelError(f'layout must be "plain" or "tiled", not {layout!r}.')
+    given = {
+        axis: bounds
+        for axis, bounds in (("batch", batch), ("M", m), ("seq", seq), ("kv_len", kv_len))
+        if bounds is not None
+    }
+    for axis in given:
+        if axis not in axes:
+            raise KernelError(
+                f"A kernel for {operator} is not chosen by {axis.lower()}, but by {', '.join(axes).lower()}."
+            )
+    try:
+        sized = Box.of(**given).within(axes)
+    except (PlanError, TypeError, ValueError) as error:
+        raise KernelError(f"{given!r} are no ranges of sizes: {error}") from error
+    if not isinstance(layout, Layout) and layout not in _BUILT_IN_LAYOUTS:
+        raise KernelError(f'layout must be "plain", "tiled" or a relax_llm.Layout, not {layout!r}.')
+    if operator != "matmul" and (layout != "plain" or absorbs):
+        raise KernelError(f"layout and absorbs are for matmul kernels; {operator} has neither.")
     unknown = sorted(set(absorbs) - set(_EPILOGUES))
     if unknown:
         raise KernelError(f"absorbs names {', '.join(unknown)}; known: {', '.join(_EPILOGUES)}.")
+    if form is not None and form not in _FORMS:
+        raise KernelError(f"form must be one of {', '.join(_FORMS)}, not {form!r}.")
 
     def register(make: Callable[..., Any]) -> Kernel:
         takes_schedule = "schedule" in inspect.signature(make).parameters
+        chosen = name or make.__name__
+        if not chosen.isidentifier():
+            raise KernelError(f"{chosen!r} cannot be a kernel's name; it must be a name as in Python or C.")
         return Kernel(
-            name or make.__name__,
+            chosen,
             operator,
             form or ("schedule" if takes_schedule else "primfunc"),
             make,
-            first,
-            last,
+            sized,
             layout,
             frozenset(absorbs),
             (sites,) if isinstance(sites, str) else tuple(sites),
             frozenset(features),
+            frozenset(weights),
+            cost,
         )
 
     return register

@@ -1,11 +1,14 @@
-"""The plan: for every problem, which kernel serves which range of M. Plain data, kept in the artifact as plan.json."""
+"""The plan: for every problem, which kernel serves which sizes. Plain data, kept in the artifact as plan.json."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from relax_llm.errors import PlanError
+from relax_llm.plan.sizes import Box, check_total
 
 
 def parts_of(site: str) -> list[str]:
@@ -20,19 +23,13 @@ def parts_of(site: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Range:
-    """Rows from `first` to `last`, both included, and the kernel that serves them; `last` None is without end."""
+    """Some sizes, and the kernel that serves them."""
 
-    first: int
-    last: int | None
+    sizes: Box
     kernel: str
 
-    def __contains__(self, rows: object) -> bool:
-        return isinstance(rows, int) and self.first <= rows and (self.last is None or rows <= self.last)
-
     def __str__(self) -> str:
-        if self.last is None:
-            return f"M >= {self.first}"
-        return f"M = {self.first}" if self.first == self.last else f"M = {self.first}..{self.last}"
+        return str(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -41,15 +38,30 @@ class Candidate:
 
     Attributes:
         kernel: Its name.
-        first: The fewest rows it is valid for.
-        last: The most, or None.
+        sizes: What it is valid for.
         reason: Why it serves what it serves, or why it serves nothing.
     """
 
     kernel: str
-    first: int
-    last: int | None
+    sizes: Box
     reason: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How long a kernel took.
+
+    Attributes:
+        kernel: Its name.
+        sizes: At which sizes.
+        seconds: The median of a launch.
+        cold: Whether the weight had to come from memory.
+    """
+
+    kernel: str
+    sizes: Mapping[str, int]
+    seconds: float
+    cold: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,56 +70,57 @@ class Entry:
 
     Attributes:
         problem: The problem's name.
+        operator: What it computes.
         sites: Where in the model it is solved.
-        layout: How the weight is packed; all kernels of an entry read the same.
-        ranges: Ascending, without gap or overlap, from 1 to infinity.
+        layout: How the weight is packed, "" where there is none; all kernels of an entry read the same.
+        axes: Names of the sizes that the choice depends on.
+        ranges: Total: every size is in exactly one.
         candidates: Every kernel that was considered.
+        measurements: What the choice rests on, if it was measured.
     """
 
     problem: str
+    operator: str
     sites: tuple[str, ...]
     layout: str
+    axes: tuple[str, ...]
     ranges: tuple[Range, ...]
     candidates: tuple[Candidate, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
 
     def __post_init__(self) -> None:
-        expected: int | None = 1
-        for part in self.ranges:
-            if (
-                expected is None
-                or part.first != expected
-                or (part.last is not None and part.last < part.first)
-            ):
-                raise PlanError(
-                    f"The plan for {self.problem} is not total: {part} ({part.kernel}) follows where "
-                    f"M = {expected} is next."
-                )
-            expected = None if part.last is None else part.last + 1
-        if expected is not None:
-            raise PlanError(
-                f"The plan for {self.problem} serves nothing from M = {expected} on; the last range must be open."
-            )
+        check_total(self.problem, self.axes, ((part.sizes, part.kernel) for part in self.ranges))
 
-    def serving(self, rows: int) -> Range:
-        """The range that these rows fall into."""
-        return next(part for part in self.ranges if rows in part)
+    def serving(self, sizes: Mapping[str, int]) -> Range:
+        """The range that these sizes fall into."""
+        return next(part for part in self.ranges if sizes in part.sizes)
+
+    def is_at(self, site: str) -> bool:
+        """Whether it serves a site, named as a whole or by a part."""
+        return any(site in parts_of(known) for known in self.sites)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The choices of a whole model."""
+    """The choices of a whole model.
+
+    Attributes:
+        entries: One for each problem, or for each group of sites where the user's kernels tell sites apart.
+        machine: What it was measured on, if it was measured.
+    """
 
     entries: tuple[Entry, ...]
+    machine: Mapping[str, Any] = field(default_factory=dict)
 
-    def at(self, site: str) -> Entry:
-        """The entry that serves a site.
+    def all_at(self, site: str) -> list[Entry]:
+        """The entries that serve a site: several where more than one operator has it.
 
         Raises:
             PlanError: No site has this name; similar ones are listed.
         """
-        for entry in self.entries:
-            if any(site in parts_of(known) for known in entry.sites):
-                return entry
+        found = [entry for entry in self.entries if entry.is_at(site)]
+        if found:
+            return found
         sites = [known for entry in self.entries for known in entry.sites]
         near = [
             known for known in sites if site in known or known.rpartition(".")[2] == site.rpartition(".")[2]
@@ -116,30 +129,49 @@ class Plan:
             f"The plan has no site {site!r}; sites are named like {', '.join((near or sites)[:5])}."
         )
 
-    def explain(self, site: str, M: int | None = None) -> str:
+    def at(self, site: str, operator: str | None = None) -> Entry:
+        """The entry that serves a site.
+
+        Args:
+            site: A place in the model.
+            operator: Which of the operators there, where there are several.
+
+        Raises:
+            PlanError: No site has this name, or not this operator, or several and none is named.
+        """
+        found = self.all_at(site)
+        chosen = [entry for entry in found if operator in (None, entry.operator)]
+        if len(chosen) != 1:
+            known = ", ".join(entry.operator for entry in found)
+            raise PlanError(f"The site {site!r} has the operators {known}; name one of them.")
+        return chosen[0]
+
+    def explain(self, site: str, **sizes: int) -> str:
         """Say which kernel serves a site, and why; at one size, or at all.
 
         Args:
             site: A place in the model, such as "layers.3.mlp.down_proj".
-            M: Rows of activations: batch * seq.
+            sizes: Sizes to ask for: M (rows of activations, batch * seq) for a matmul; seq and kv_len for attention.
 
         Raises:
-            PlanError: No site has this name, or M is not positive.
+            PlanError: No site has this name, or a size is not positive or not one of the site's.
         """
-        entry = self.at(site)
-        if M is not None and M < 1:
-            raise PlanError(f"M must be at least 1, not {M}.")
-        lines = [f"{site}: {entry.problem}, weight layout {entry.layout}"]
-        shown: Iterable[Range] = entry.ranges if M is None else (entry.serving(M),)
-        lines += [f"  {part}: {part.kernel}" for part in shown]
-        for candidate in entry.candidates:
-            valid = Range(candidate.first, candidate.last, candidate.kernel)
-            lines.append(f"  {candidate.kernel} (valid for {valid}): {candidate.reason}")
-        return "\n".join(lines)
+        entries = self.all_at(site)
+        for name, value in sizes.items():
+            if value < 1:
+                raise PlanError(f"{name} must be at least 1, not {value}.")
+        asked = [entry for entry in entries if sizes.keys() <= set(entry.axes)]
+        if not asked:
+            axes = ", ".join(dict.fromkeys(axis for entry in entries for axis in entry.axes))
+            raise PlanError(f"The kernels at {site!r} are not chosen by {', '.join(sizes)}, but by {axes}.")
+        return "\n".join(line for entry in asked for line in _explained(entry, site, sizes))
 
     def to_json(self) -> str:
         """The text of plan.json."""
-        return json.dumps(asdict(self), indent=1)
+        entries = [_entry_json(entry) for entry in self.entries]
+        return json.dumps(
+            {**({"machine": dict(self.machine)} if self.machine else {}), "entries": entries}, indent=1
+        )
 
     @staticmethod
     def from_json(text: str, origin: str = "plan.json") -> "Plan":
@@ -149,16 +181,57 @@ class Plan:
             PlanError: It is not JSON, lacks a field, or a problem's ranges are not total.
         """
         try:
-            return Plan(tuple(_entry(entry) for entry in json.loads(text)["entries"]))
-        except (ValueError, TypeError, KeyError) as error:
+            data = json.loads(text)
+            return Plan(tuple(_entry(entry) for entry in data["entries"]), data.get("machine", {}))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"{origin} is not a plan ({type(error).__name__}: {error}).") from error
+
+    @staticmethod
+    def read(path: str | os.PathLike[str]) -> "Plan":
+        """Read a file that `to_json` wrote, or that a person edited.
+
+        Raises:
+            PlanError: It cannot be read, or is not a plan.
+        """
+        try:
+            return Plan.from_json(Path(path).read_text(encoding="utf-8", errors="replace"), str(path))
+        except OSError as error:
+            raise PlanError(f"The plan {os.fspath(path)} cannot be read: {error.strerror}.") from error
+
+
+def _explained(entry: Entry, site: str, sizes: Mapping[str, int]) -> Iterable[str]:
+    yield f"{site}: {entry.problem}" + (f", weight layout {entry.layout}" if entry.layout else "")
+    for part in entry.ranges:
+        known = Box(tuple((axis, part.sizes[axis]) for axis in entry.axes if axis in sizes))
+        if sizes in known:
+            yield f"  {part}: {part.kernel}"
+    for candidate in entry.candidates:
+        yield f"  {candidate.kernel} (valid for {candidate.sizes}): {candidate.reason}"
+
+
+def _entry_json(entry: Entry) -> dict[str, Any]:
+    def sized(item: Range | Candidate) -> dict[str, Any]:
+        return {**vars(item), "sizes": item.sizes.to_json()}
+
+    return {
+        **vars(entry),
+        "ranges": [sized(part) for part in entry.ranges],
+        "candidates": [sized(candidate) for candidate in entry.candidates],
+        "measurements": [vars(measurement) for measurement in entry.measurements],
+    }
 
 
 def _entry(data: Mapping[str, Any]) -> Entry:
     return Entry(
         data["problem"],
+        data["operator"],
         tuple(data["sites"]),
         data["layout"],
-        tuple(Range(**part) for part in data["ranges"]),
-        tuple(Candidate(**candidate) for candidate in data["candidates"]),
+        tuple(data["axes"]),
+        tuple(Range(Box.from_json(part["sizes"]), part["kernel"]) for part in data["ranges"]),
+        tuple(
+            Candidate(item["kernel"], Box.from_json(item["sizes"]), item["reason"])
+            for item in data.get("candidates", ())
+        ),
+        tuple(Measurement(**item) for item in data.get("measurements", ())),
     )

@@ -1,4 +1,4 @@
-"""Definitions of matmuls give way to kernels, and weights to the layouts these kernels read."""
+"""Definitions give way to kernels, and weights to the layouts these kernels read."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace as changed_copy
@@ -7,15 +7,15 @@ from functools import partial
 from tvm import IRModule, ir, relax
 from tvm.tirx import PrimFunc
 
-from relax_llm.compiler.bindings import Edit, Line, bind, is_op, typed, used
+from relax_llm.compiler.bindings import Edit, Line, bind, is_launch, typed, used
 from relax_llm.compiler.planner import Choice, Planner
 from relax_llm.compiler.recipes import joined_name
-from relax_llm.kernels.dispatch import Branch, dispatcher, epilogue, internal
+from relax_llm.kernels.dispatch import OPEN_SUFFIX, Branch, dispatcher, internal, open_dispatcher
 from relax_llm.kernels.layout import Layout, Tiled
 from relax_llm.kernels.library import build
 from relax_llm.kernels.lookup import Embedding
-from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul import Matmul
+from relax_llm.kernels.matmul.epilogue import epilogue, epilogue_operands
 from relax_llm.kernels.problem import Problem
 from relax_llm.layers.decoder import site_of
 
@@ -25,7 +25,7 @@ PACK = "relax_llm.pack."
 
 @dataclass(frozen=True)
 class SelectKernels:
-    """Call the kernel that serves each matmul, over its weight packed as that kernel wants it.
+    """Call the kernels that serve each problem, a matmul over its weight packed as they want it.
 
     Before::
 
@@ -35,6 +35,9 @@ class SelectKernels:
 
         packed = R.call_pure_packed("relax_llm.pack.tiled32", wd)      # [18, 1536, 32]
         y = R.call_tir(matmul_n576_k1536_residual, (h, packed, r))
+
+    Where several kernels serve a problem, what is called is a dispatcher: it compares the sizes and calls one of them.
+    Beside it stands an open one, which asks the host instead; only a controlled run calls it.
 
     An embedding that shares its table with a matmul reads it in the matmul's layout, so that it is stored once.
 
@@ -54,73 +57,86 @@ class SelectKernels:
             for index, problem, call in _launches(line, problems):
                 if isinstance(problem, Matmul):
                     weight = call.args[1][1]
-                    choice = self.planner.choose(problem, _site(line, weight))
+                    choice = self.planner.choose(problem, _site(line, [weight], problem))
                     choices[line.name, index] = choice
-                    if weight in line.params:
+                    if weight in line.params and choice.layout:
                         shared[weight.name] = choice.layout
         for line in edit.lines:
             for index, problem, call in reversed(list(_launches(line, problems))):
                 operands = list(call.args[1])
-                if isinstance(problem, Matmul):
-                    choice = choices[line.name, index]
-                    layout, kernel = choice.layout, _install(edit, problem, choice, self.planner.machine)
-                elif operands[1] in line.params and isinstance(shared.get(operands[1].name), Tiled):
-                    layout = shared[operands[1].name]
-                    problem = changed_copy(problem, layout=layout.name)
-                    kernel = edit.kernel(problem.name, partial(build, problem, self.planner.machine))
-                else:
-                    continue
+                layout = choices[line.name, index].layout if isinstance(problem, Matmul) else None
+                if isinstance(problem, Embedding) and operands[1] in line.params:
+                    table = shared.get(operands[1].name)
+                    if isinstance(table, Tiled):
+                        layout, problem = table, changed_copy(problem, layout=table.name)
+                named = _site(line, operands, problem)
+                choice = choices.get((line.name, index)) or self.planner.choose(problem, named)
+                kernel = self._install(edit, problem, choice)
                 var = line.body[index][0]
-                packed = bind("packed", _pack(operands[1], layout))
-                operands[1] = packed[0]
-                line.body[index] = (var, typed(relax.op.call_tir(kernel, operands, out_ty=var.ty)))
-                line.insert(index, [packed])
+                if layout is not None:
+                    packed = bind("packed", _pack(operands[1], layout))
+                    operands[1] = packed[0]
+                call = relax.Call(call.op, [kernel, relax.Tuple(operands), *call.args[2:]], call.attrs, call.ty_args)
+                line.body[index] = (var, typed(call))
+                if layout is not None:
+                    line.insert(index, [packed])
         return edit.module()
 
+    def _install(self, edit: Edit, problem: Problem, choice: Choice) -> ir.GlobalVar:
+        """The function that the model calls: the one built-in kernel, or a dispatcher over several."""
+        if not choice.realized:
+            return edit.kernel(choice.name, partial(build, problem, self.planner.machine))
+        branches = []
+        for realized in choice.realized.values():
+            func, sizes = internal(realized.func, realized.operands, realized.symbol)
+            kernel = edit.kernel(realized.symbol, lambda func=func: func)
+            rest = None
+            if realized.problem != problem:
+                name = f"epilogue_{problem.name}__{realized.problem.name}"
+                rest = edit.kernel(name, partial(_epilogue, problem, realized.problem, name))
+            branches.append(Branch(realized.kernel.name, realized.problem, realized.operands, sizes, kernel, rest))
+        edit.kernel(
+            choice.name + OPEN_SUFFIX, partial(open_dispatcher, problem, choice.layout, branches, choice.name)
+        )
+        return edit.kernel(
+            choice.name, partial(dispatcher, problem, choice.layout, branches, choice.ranges, choice.name)
+        )
 
-def _install(edit: Edit, problem: Matmul, choice: Choice, machine: Machine) -> ir.GlobalVar:
-    """The function that a matmul calls: its one kernel, or a dispatcher over several."""
-    if not choice.realized:
-        return edit.kernel(choice.name, partial(build, problem, machine))
-    branches = []
-    for part in choice.ranges:
-        realized = choice.realized[part.kernel]
-        kernel = edit.kernel(realized.symbol, partial(internal, realized.func, realized.symbol))
-        rest = None
-        if realized.problem != problem:
-            name = f"epilogue_{problem.name}__{realized.problem.name}"
-            rest = edit.kernel(name, partial(_epilogue, problem, realized.problem, name))
-        branches.append(Branch(part.last, realized.problem, kernel, rest))
-    return edit.kernel(choice.name, partial(dispatcher, problem, choice.layout, branches, choice.name))
+
+def _epilogue(problem: Matmul, part: Matmul, name: str) -> PrimFunc:
+    return internal(epilogue(problem, part, name), epilogue_operands(problem, part), name)[0]
 
 
-def _epilogue(problem: Matmul, core: Matmul, name: str) -> PrimFunc:
-    return internal(epilogue(problem, core, name), name)
-
-
-def _site(line: Line, weight: relax.Var) -> str:
-    """The place that a weight names, whatever it is made from."""
+def _site(line: Line, operands: list[relax.Expr], problem: Problem) -> str:
+    """The place that the first weight or cache among operands names; what has neither is a place of its own."""
     definitions = line.definitions()
+    stored = line.params[2:]
 
-    def sources(var: relax.Var) -> list[str]:
-        if var not in definitions:
+    def sources(var: relax.Expr) -> list[str]:
+        if any(param.same_as(var) for param in stored):
             return [var.name]
+        if var not in definitions or is_launch(definitions[var]):
+            return []
         return [name for part in used(definitions[var]) for name in sources(part)]
 
-    return site_of(joined_name(sources(weight)).rpartition(".")[0])
+    for operand in operands:
+        names = sources(operand) if isinstance(operand, relax.Var) else []
+        if names:
+            return site_of(joined_name(names).rpartition(".")[0])
+    return problem.name
 
 
 def _launches(
     line: Line, problems: Mapping[ir.GlobalVar, Problem | None]
-) -> Iterator[tuple[int, Matmul | Embedding, relax.Call]]:
+) -> Iterator[tuple[int, Problem, relax.Call]]:
     for index, _, expr in line:
-        if is_op(expr, "relax.call_tir"):
+        if is_launch(expr):
             problem = problems.get(expr.args[0])
-            if isinstance(problem, Matmul | Embedding):
+            if problem is not None:
                 yield index, problem, expr
 
 
 def _pack(weight: relax.Expr, layout: Layout) -> relax.Expr:
     n, k = (int(size) for size in weight.ty.shape)
-    packed = relax.TensorType(list(layout.shape(n, k)), weight.ty.dtype)
+    packed = relax.TensorType(list(layout.shape(n, k)), layout.dtype)
     return relax.op.call_pure_packed(PACK + layout.name, weight, ty_args=packed)

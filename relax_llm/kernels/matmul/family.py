@@ -7,6 +7,7 @@ from relax_llm.kernels.matmul.plain import plain_panels, plain_rows
 from relax_llm.kernels.matmul.problem import Matmul
 from relax_llm.kernels.matmul.tiled import tiled
 from relax_llm.plan.kernel import Kernel
+from relax_llm.plan.sizes import Box
 
 _ALL = frozenset({"bias", "activation", "gate", "residual"})
 _FEW_ROWS = 6  # up to which a dot product for each output beats transposing the weight first
@@ -27,6 +28,6 @@ def matmul_kernels(machine: Machine) -> list[Kernel]:
             layout="tiled",
             absorbs=_ALL,
         ),
-        Kernel("plain_rows", "matmul", "primfunc", make(plain_rows), last=_FEW_ROWS),
-        Kernel("plain_panels", "matmul", "primfunc", make(plain_panels), first=_FEW_ROWS + 1),
+        Kernel("plain_rows", "matmul", "primfunc", make(plain_rows), sizes=Box.of(M=(1, _FEW_ROWS))),
+        Kernel("plain_panels", "matmul", "primfunc", make(plain_panels), sizes=Box.of(M=(_FEW_ROWS + 1, None))),
     ]

@@ -15,7 +15,8 @@ from tvm import te, tirx
 from tvm.tirx import PrimFunc
 
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.problem import Problem, tag
+from relax_llm.errors import KernelError
+from relax_llm.kernels.problem import Problem, require_positive, tag
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,15 @@ class Matmul(Problem):
     activation: str | None = None
     gated: bool = False
     residual: bool = False
+
+    def __post_init__(self) -> None:
+        require_positive(self, "n", "k")
+        if self.gated and self.n % 2:
+            raise KernelError(f"A gated product needs an even number of rows of its weight, not {self.n}.")
+        if self.activation is not None and self.activation not in _FLOAT64:
+            raise KernelError(
+                f"The activation {self.activation!r} is not known; known: {', '.join(_FLOAT64)}."
+            )
 
     @property
     def outputs(self) -> int:

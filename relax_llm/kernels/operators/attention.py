@@ -1,0 +1,150 @@
+"""The record of attention over the cache."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from tvm import te, tirx
+from tvm.tirx import PrimFunc
+
+from relax_llm.kernels.attention import Attention
+from relax_llm.kernels.cache import GRANULE, TILE, cache_shapes
+from relax_llm.kernels.layout import Layout
+from relax_llm.kernels.operators.operator import (
+    UNIT,
+    Array,
+    Expected,
+    Mistake,
+    Operand,
+    Operator,
+    Sizes,
+    summed,
+)
+from relax_llm.kernels.problem import tag
+
+_HEAVY = 1e-12  # Softmax weights below it do not matter, nor does how far their scores are missed.
+
+
+def operands(problem: Attention, layout: Layout | None) -> tuple[Operand, ...]:
+    """(q [batch, seq, heads, head_dim], k_cache, v_cache, kv_len, out [batch, seq, heads * head_dim])."""
+    keys, values = cache_shapes("batch", problem.kv_heads, "tiles", problem.head_dim)
+    return (
+        Operand("q", ("batch", "seq", problem.heads, problem.head_dim)),
+        Operand("k_cache", keys),
+        Operand("v_cache", values),
+        Operand("kv_len", (), "int64", "size"),
+        Operand("out", ("batch", "seq", problem.heads * problem.head_dim), role="output"),
+    )
+
+
+def definition(problem: Attention) -> PrimFunc:
+    """Plain loops: blocks "scores", "masked", "largest", "weights", "total", "weighted" and "attended"."""
+    batch, seq, tiles, kv_len = (tirx.Var(name, "int64") for name in ("batch", "seq", "tiles", "kv_len"))
+    heads, dim, group = problem.heads, problem.head_dim, problem.heads // problem.kv_heads
+    keys, values = cache_shapes(batch, problem.kv_heads, tiles, dim)
+    q = te.placeholder((batch, seq, heads, dim), name="q")
+    k_cache, v_cache = te.placeholder(keys, name="k_cache"), te.placeholder(values, name="v_cache")
+    d = te.reduce_axis((0, dim), name="d")
+    at, over, of = (te.reduce_axis((0, kv_len), name=name) for name in ("t_max", "t_sum", "t"))
+    square = (batch, heads, seq, kv_len)
+    scores = te.compute(
+        square,
+        lambda b, h, s, t: te.sum(q[b, s, h, d] * k_cache[b, h // group, t // TILE, d, t % TILE], axis=d),
+        name="scores",
+    )
+
+    def mask(b: tirx.Var, h: tirx.Var, s: tirx.Var, t: tirx.Var) -> tirx.Expr:
+        visible = t <= kv_len - seq + s
+        if problem.window is not None:
+            visible = tirx.all(visible, t > kv_len - seq + s - problem.window)
+        scaled = scores[b, h, s, t] * tirx.const(problem.scale, "float32")
+        return tirx.if_then_else(visible, scaled, tirx.const(-1e30, "float32"))
+
+    masked = te.compute(square, mask, name="masked")
+    rows = (batch, heads, seq)
+    largest = te.compute(rows, lambda b, h, s: te.max(masked[b, h, s, at], axis=at), name="largest")
+    weights = te.compute(
+        square, lambda b, h, s, t: tirx.exp(masked[b, h, s, t] - largest[b, h, s]), name="weights"
+    )
+    total = te.compute(rows, lambda b, h, s: te.sum(weights[b, h, s, over], axis=over), name="total")
+    weighted = te.compute(
+        (batch, seq, heads, dim),
+        lambda b, s, h, c: te.sum(
+            weights[b, h, s, of] * v_cache[b, h // group, of // TILE, of % TILE, c], axis=of
+        ),
+        name="weighted",
+    )
+    out = te.compute(
+        (batch, seq, heads * dim),
+        lambda b, s, c: weighted[b, s, c // dim, c % dim] / total[b, c // dim, s],
+        name="attended",
+    )
+    func = te.create_prim_func([q, k_cache, v_cache, kv_len, out])
+    return tag(func.with_attr("global_symbol", f"loops_{problem.name}"), problem)
+
+
+def inputs(problem: Attention, sizes: Sizes, rng: np.random.Generator, exact: bool) -> dict[str, Array]:
+    """Normal numbers; what lies in the caches behind kv_len is NaN."""
+    shapes = {operand.name: operand.at(sizes) for operand in operands(problem, None) if operand.is_tensor}
+    made = {name: rng.standard_normal(shapes[name], np.float32) for name in ("q", "k_cache", "v_cache")}
+    behind = np.arange(sizes["tiles"] * TILE).reshape(-1, TILE) >= sizes["kv_len"]  # [tiles, TILE]
+    np.copyto(made["k_cache"], np.nan, where=behind[:, None, :])
+    np.copyto(made["v_cache"], np.nan, where=behind[:, :, None])
+    return made
+
+
+def expected(
+    problem: Attention, sizes: Sizes, values: Mapping[str, Array], exact: bool
+) -> dict[str, Expected]:
+    """Softmax attention in float64.
+
+    A score that is missed by e makes its weight wrong by a factor exp(e), and all others through their sum; scores far
+    below the maximum weigh nothing, so theirs do not count. Each block may rescale what came before it.
+    """
+    kv_len, seq, dim = sizes["kv_len"], sizes["seq"], problem.head_dim
+    group = problem.heads // problem.kv_heads
+    q = values["q"].astype(np.float64)
+    keys = values["k_cache"].transpose(0, 2, 4, 1, 3)  # [batch, tiles, TILE, kv_heads, dim]
+    cached = values["v_cache"].transpose(0, 2, 3, 1, 4)
+    shape = (q.shape[0], -1, problem.kv_heads, dim)
+    keys, cached = (
+        np.repeat(x.reshape(shape)[:, :kv_len].astype(np.float64), group, axis=2) for x in (keys, cached)
+    )
+    scores = problem.scale * np.einsum("bshd,bthd->bhst", q, keys, optimize=True)
+    scale = abs(problem.scale) * np.einsum("bshd,bthd->bhst", np.abs(q), np.abs(keys), optimize=True)
+    query, position = np.arange(kv_len - seq, kv_len)[:, None], np.arange(kv_len)[None]
+    visible = position <= query
+    if problem.window is not None:
+        visible &= position > query - problem.window
+    scores = np.where(visible, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    right = np.einsum("bhst,bthd->bshd", weights, cached, optimize=True)
+    heavy = np.where(visible & (weights > _HEAVY), scale, 0.0).max(axis=-1)  # [batch, heads, seq]
+    missed = np.expm1(2 * UNIT * (summed(dim) + 2) * heavy)
+    relative = missed + 4 * UNIT * (2 + np.sqrt(kv_len / GRANULE)) + 2 * UNIT * summed(kv_len)
+    magnitude = np.einsum("bhst,bthd->bshd", weights, np.abs(cached), optimize=True)
+    bound = magnitude * relative.transpose(0, 2, 1)[..., None] + 1e-30
+    flat = (q.shape[0], seq, problem.heads * dim)
+    return {"out": Expected(right.reshape(flat), bound.reshape(flat))}
+
+
+ATTENTION = Operator(
+    Attention,
+    operands,
+    definition,
+    inputs,
+    expected,
+    samples=(
+        Attention(1, 1, 1, 1.0),
+        Attention(3, 1, 10, 10**-0.5),
+        Attention(9, 3, 64, 0.125),
+        Attention(6, 2, 20, 20**-0.5, window=5),
+        Attention(4, 4, 16, -0.3, window=65),
+    ),
+    benchmarks=(Attention(9, 3, 64, 0.125), Attention(32, 8, 64, 0.125), Attention(32, 8, 128, 128**-0.5)),
+    mistakes=(
+        Mistake({"heads": 3, "kv_heads": 2, "head_dim": 4, "scale": 1.0}, "share"),
+        Mistake({"heads": 2, "kv_heads": 0, "head_dim": 4, "scale": 1.0}, "at least 1"),
+        Mistake({"heads": 2, "kv_heads": 2, "head_dim": 4, "scale": 1.0, "window": 0}, "at least 1"),
+    ),
+)
