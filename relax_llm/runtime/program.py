@@ -18,6 +18,8 @@ VOID = SPECIAL
 MACHINE = SPECIAL + 1
 """As an argument: the virtual machine itself."""
 
+_ANY = -2  # what TVM writes as a kernel's number of parameters
+
 
 class Kind(IntEnum):
     """What a function of the table is made of."""
@@ -214,6 +216,6 @@ class Program:
                 raise ArtifactError(f"Instruction {at} of the program is no call; nothing to exchange.")
             if name not in places:
                 places[name] = len(functions)
-                functions.append(Function(Kind.PACKED, name))
+                functions.append(Function(Kind.PACKED, name, parameters=_ANY))
             instructions[at] = replace(instruction, function=places[name])
         return replace(self, functions=tuple(functions), instructions=tuple(instructions))

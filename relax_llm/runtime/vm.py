@@ -91,8 +91,8 @@ class VirtualMachine:
         runtime = ffi.runtime()
         self._library = library
         try:
-            self._module = runtime.load_module(_loadable(library))
-            self._vm = _started(self._module)
+            self._module: Any = runtime.load_module(_loadable(library))
+            self._vm: Any = _started(self._module)
         except (RuntimeError, OSError, AttributeError) as error:
             raise ArtifactError(f"{library} cannot be loaded: {error}") from error
 
