@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from relax_llm.artifact.artifact import Artifact, load
     from relax_llm.checkpoint import Checkpoint, open_checkpoint
     from relax_llm.compiler.compile import compile
+    from relax_llm.compiler.pipeline import pipeline
     from relax_llm.errors import RelaxLLMError
     from relax_llm.plan.kernel import Declined, kernel
     from relax_llm.runtime.chat import Chat
@@ -26,6 +27,7 @@ _PLACES = {
     "kernel": "relax_llm.plan.kernel",
     "load": "relax_llm.artifact.artifact",
     "open_checkpoint": "relax_llm.checkpoint",
+    "pipeline": "relax_llm.compiler.pipeline",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "kernel",
     "load",
     "open_checkpoint",
+    "pipeline",
 ]
 
 

@@ -62,6 +62,40 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class Served:
+    """A kernel and sizes.
+
+    Attributes:
+        kernel: Its name, as the plan has it.
+        sizes: First and last of each size, both included, as `Box.to_json` gives them: {"M": [1, 8]}; a last of None
+            is without end, and a size that is not named may be anything.
+    """
+
+    kernel: str
+    sizes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Dispatcher:
+    """A function of the library that runs one of several kernels, by sizes.
+
+    Beside it the library has the function `SYMBOL__open` with the same parameters, which asks the packed function
+    "relax_llm.choose" for the kernel's index in `kernels`, given the dispatcher's symbol and the sizes.
+
+    Attributes:
+        axes: Names of the sizes that it chooses by, in the order in which it tells them.
+        kernels: All kernels it can run, in the order of their indices, with the sizes each is valid for.
+        ranges: What it does when nobody asks otherwise; total.
+        pinned: The kernel that serves every size where results must not depend on it; "" where none is valid for all.
+    """
+
+    axes: tuple[str, ...]
+    kernels: tuple[Served, ...]
+    ranges: tuple[Served, ...]
+    pinned: str = ""
+
+
+@dataclass(frozen=True)
 class Cache:
     """Shapes of one attention site's KV cache: [batch, kv_heads, tiles, ...]."""
 
@@ -113,6 +147,7 @@ class Manifest:
         weights: The weights, likewise.
         kernels: Every kernel by symbol.
         functions: The launches of each function, in program order.
+        dispatchers: Those of the kernels that choose among several, by symbol.
         files: The other files of the directory.
         notes: What the user should know, one sentence each.
     """
@@ -131,6 +166,7 @@ class Manifest:
     weights: tuple[Weight, ...]
     kernels: Mapping[str, Kernel]
     functions: Mapping[str, tuple[Launch, ...]]
+    dispatchers: Mapping[str, Dispatcher] = field(default_factory=dict)
     files: Mapping[str, File] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

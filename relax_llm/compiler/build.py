@@ -20,7 +20,7 @@ from relax_llm.compiler import launches
 from relax_llm.compiler.export import export
 from relax_llm.compiler.parameters import match, reader
 from relax_llm.compiler.passes.lift_weights import weight_recipes
-from relax_llm.compiler.pipeline import lowering, pipeline, run
+from relax_llm.compiler.pipeline import Entry, as_pipeline, run
 from relax_llm.compiler.planner import Planner
 from relax_llm.compiler.recipes import Array, Recipe, joined_name
 from relax_llm.errors import ArchitectureError, ArtifactError, CompileError, RelaxLLMError, TokenizerError
@@ -44,6 +44,7 @@ def build(
     progress: Progress,
     warn: Callable[[str], None],
     kernels: Sequence[Kernel] = (),
+    pipeline: Sequence[Entry] | None = None,
 ) -> None:
     """Compile a checkpoint into an empty directory.
 
@@ -57,17 +58,15 @@ def build(
     with progress.task("Tracing", 1):
         mod = export(decoder, machine)
     planner = Planner(machine, kernels)
-    passes = pipeline(planner)
-    with progress.task("Passes", len(passes)) as advance:
-        for step in passes:
-            mod = step(mod)
-            advance(1)
+    to_launches, to_instructions = (part.bind(planner) for part in as_pipeline(pipeline).parts())
+    with progress.task("Passes", len(to_launches)) as advance:
+        mod = run(mod, to_launches, lambda *_: advance(1))
     calls = launches.functions(mod)
     recipes = weight_recipes(mod)
     weights = _weights(mod, recipes)
     _check_space(directory, sum(weight.nbytes for weight in weights))
     with progress.task("Compiling kernels", 1):
-        _library(run(mod, lowering()), machine, directory / LIBRARY, planner.objects())
+        _library(run(mod, to_instructions), machine, directory / LIBRARY, planner.objects())
     (directory / PLAN).write_text(planner.plan().to_json(), encoding="utf-8")
     warnings: list[str] = []
 

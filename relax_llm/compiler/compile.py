@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from relax_llm import cpu
 from relax_llm.artifact.artifact import Artifact, load, replacing, versions
 from relax_llm.checkpoint import Checkpoint, open_checkpoint
+from relax_llm.compiler.sources import pass_sources
 from relax_llm.compiler.user_kernels import gather
 from relax_llm.errors import ArchitectureError, ArtifactError, CompileError
 from relax_llm.places import cache_directory
@@ -23,6 +24,7 @@ from relax_llm.plan.kernel import Kernel
 from relax_llm.progress import Progress, Silent
 
 if TYPE_CHECKING:
+    from relax_llm.compiler.pipeline import Entry
     from relax_llm.layers import Decoder
 
 WEIGHT_FORMATS = ("f32",)
@@ -38,6 +40,7 @@ def compile(
     architecture: "type[Decoder] | str | os.PathLike[str] | None" = None,
     target: str | None = None,
     kernels: Sequence[Kernel | str | os.PathLike[str]] = (),
+    pipeline: "Sequence[Entry] | None" = None,
     output: str | os.PathLike[str] | None = None,
     cache: bool = True,
     progress: Progress | None = None,
@@ -53,6 +56,7 @@ def compile(
         kernels: Kernels of yours, made with `relax_llm.kernel`, or Python files with some. They come before the
             built-in ones, in this order; after them those of installed packages, by the entry point group
             "relax_llm.kernels".
+        pipeline: The passes, where they are not the standard ones: what `relax_llm.pipeline()` gives, changed.
         output: Where to put the artifact; by default the cache, whence `Artifact.save` copies it.
         cache: Whether an equal compilation made earlier may be used.
         progress: Where to report to.
@@ -73,11 +77,19 @@ def compile(
     if output is None and not cache:
         raise CompileError("Without the cache an output directory is needed: pass output=DIR.")
     chosen = gather(kernels)
-    place = cache_directory() / "artifacts" / _key(opened, weights, architecture, target, chosen)
+    place = cache_directory() / "artifacts" / _key(opened, weights, architecture, target, chosen, pipeline)
 
     def make(directory: Path) -> Artifact:
         with replacing(directory) as temporary:
-            _build(opened, architecture, target, chosen, temporary, progress or Silent())
+            _build(
+                opened,
+                temporary,
+                progress or Silent(),
+                architecture=architecture,
+                target=target,
+                kernels=chosen,
+                pipeline=pipeline,
+            )
         return load(directory, for_this_machine=target is None)
 
     if output is not None:
@@ -89,11 +101,12 @@ def compile(
 
 def _build(
     checkpoint: Checkpoint,
-    architecture: Any,
-    target: str | None,
-    kernels: Sequence[Kernel],
     directory: Path,
     progress: Progress,
+    *,
+    architecture: Any,
+    target: str | None,
+    **options: Any,
 ) -> None:
     with progress.task("Loading the compiler", 1):
         from relax_llm.compiler.architectures import find
@@ -107,7 +120,7 @@ def _build(
         directory,
         progress,
         _warn,
-        kernels,
+        **options,
     )
 
 
@@ -128,7 +141,12 @@ def _cached(place: Path) -> Artifact | None:
 
 
 def _key(
-    checkpoint: Checkpoint, weights: str, architecture: Any, target: str | None, kernels: Sequence[Kernel]
+    checkpoint: Checkpoint,
+    weights: str,
+    architecture: Any,
+    target: str | None,
+    kernels: Sequence[Kernel],
+    pipeline: "Sequence[Entry] | None",
 ) -> str:
     """Everything that the artifact depends on, as a name."""
     parts = {
@@ -138,6 +156,7 @@ def _key(
         "architecture": _source_of(architecture),
         "target": target or [cpu.architecture(), sorted(cpu.features())],
         "kernels": [_kernel_source(kernel) for kernel in kernels],
+        "pipeline": pass_sources(pipeline),
         "versions": versions(),
         "package": _package_digest(),
     }

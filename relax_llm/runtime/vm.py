@@ -1,7 +1,9 @@
 """The virtual machine of a compiled library, by way of TVM's C++ runtime alone: no compiler is loaded."""
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import numpy.typing as npt
 
 from relax_llm import cpu, ffi
 from relax_llm.errors import ArtifactError, InputError
+from relax_llm.runtime import program_bytes
+from relax_llm.runtime.program import Program
 
 Array = npt.NDArray[Any]
 
@@ -87,9 +91,8 @@ class VirtualMachine:
         runtime = ffi.runtime()
         self._library = library
         try:
-            self._module = runtime.load_module(_loadable(library))
-            self._vm = self._module["vm_load_executable"]()
-            self._vm["vm_initialization"](_CPU, 0, _POOLED)
+            self._module: Any = runtime.load_module(_loadable(library))
+            self._vm: Any = _started(self._module)
         except (RuntimeError, OSError, AttributeError) as error:
             raise ArtifactError(f"{library} cannot be loaded: {error}") from error
 
@@ -106,3 +109,57 @@ class VirtualMachine:
                 f"{self._library} has no function {name!r}; compile the artifact again."
             ) from error
         return function
+
+    @cached_property
+    def program(self) -> Program:
+        """What it executes.
+
+        Raises:
+            ArtifactError: It is of another version.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / "program"
+            self._module.write_to_file(str(file))  # the runtime offers the bytes in no other way
+            return program_bytes.read(file.read_bytes())
+
+    def executing(self, program: Program) -> "VirtualMachine":
+        """A second machine over the same code in memory, that executes another program.
+
+        Both may be used, one after the other, on the same tensors.
+
+        Args:
+            program: This machine's, changed.
+
+        Raises:
+            ArtifactError: It calls a function that neither the library nor TVM's runtime has.
+        """
+        load = ffi.runtime().get_global_func("ffi.Module.load_from_bytes.relax.VMExecutable")
+        other = VirtualMachine.__new__(VirtualMachine)
+        other._library = self._library
+        try:
+            other._module = load(program_bytes.write(program))
+            for library in self._module.imports:
+                other._module.import_module(library)
+            other._vm = _started(other._module)
+            other.program = program
+        except (RuntimeError, AttributeError) as error:
+            raise ArtifactError(f"{self._library} cannot execute the changed program: {error}") from error
+        return other
+
+    def kernel(self, symbol: str) -> Callable[..., Any]:
+        """A compiled kernel of the library, on its own: it takes tensors and sizes, outputs last.
+
+        Raises:
+            ArtifactError: There is none.
+        """
+        for library in self._module.imports:
+            if library.implements_function(symbol):
+                function: Callable[..., Any] = library[symbol]
+                return function
+        raise ArtifactError(f"{self._library} has no kernel {symbol!r}; compile the artifact again.")
+
+
+def _started(module: Any) -> Any:
+    machine = module["vm_load_executable"]()
+    machine["vm_initialization"](_CPU, 0, _POOLED)
+    return machine

@@ -41,7 +41,7 @@ def builds(artifact: rl.Artifact, monkeypatch: pytest.MonkeyPatch) -> list[Path]
     """Replace the compiler by a copy of an artifact, so that a miss costs nothing, and list its calls."""
     made: list[Path] = []
 
-    def build(_checkpoint: Any, _choice: Any, _target: Any, _own: Any, directory: Path, _bars: Any) -> None:
+    def build(_checkpoint: Any, directory: Path, _bars: Any, **_options: Any) -> None:
         made.append(directory)
         for file in artifact.path.iterdir():
             shutil.copyfile(file, directory / file.name)
@@ -328,7 +328,7 @@ def test_a_cache_that_cannot_be_made(
 def test_a_build_that_fails_leaves_nothing(
     cache: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    def build(_checkpoint: Any, _choice: Any, _target: Any, _own: Any, directory: Path, _bars: Any) -> None:
+    def build(_checkpoint: Any, directory: Path, _bars: Any, **_options: Any) -> None:
         (directory / "lib.so").write_bytes(b"half")
         raise error
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tvm import relax
 
 from relax_llm.compiler.export import export
-from relax_llm.compiler.pipeline import pipeline
+from relax_llm.compiler.pipeline import pipeline, run
 from relax_llm.compiler.planner import Planner
 from relax_llm.kernels.machine import machine
 from relax_llm.layers import Fields
@@ -54,11 +54,14 @@ def stages(model: str) -> list[tuple[str, IRModule]]:
     decoder, config = MODELS[model]
     on = machine(TARGET)
     found = [("Export", export(decoder(Fields(config)), on))]
-    for step in pipeline(Planner(on)):
-        mod = step(found[-1][1])
-        info = getattr(step, "info", None)
-        found.append((str(info.name) if info is not None else type(step).__name__, mod))
+    to_launches, _ = pipeline().parts()
+    run(found[0][1], to_launches.bind(Planner(on)), lambda name, mod: found.append((name, mod)))
     return found
+
+
+def lowered(mod: IRModule) -> IRModule:
+    """A module of launches as the virtual machine's instructions."""
+    return run(mod, pipeline().parts()[1].bind(Planner(machine(TARGET))))
 
 
 def after(model: str, name: str) -> IRModule:

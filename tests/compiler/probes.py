@@ -15,7 +15,7 @@ from relax_llm import cpu, layers
 from relax_llm.artifact.weights import aligned
 from relax_llm.compiler.export import export
 from relax_llm.compiler.passes.lift_weights import weight_recipes
-from relax_llm.compiler.pipeline import lowering, pipeline, run
+from relax_llm.compiler.pipeline import pipeline, run
 from relax_llm.compiler.planner import Planner
 from relax_llm.kernels.machine import CODE_GENERATION, machine
 from relax_llm.kernels.problem import Problem, problem_of
@@ -72,7 +72,7 @@ def decoder_of(probe: Probe) -> layers.Decoder:
 
 def lower(decoder: layers.Decoder) -> tvm.IRModule:
     """The decoder's module after the pipeline."""
-    return run(export(decoder, MACHINE), pipeline(Planner(MACHINE)))
+    return run(export(decoder, MACHINE), pipeline().parts()[0].bind(Planner(MACHINE)))
 
 
 def kernels(mod: tvm.IRModule, function: str = "hidden") -> list[Problem | str]:
@@ -103,9 +103,8 @@ def execute(mod: tvm.IRModule, weights: Weights, ids: Array, function: str = "hi
     """Generate code, pack the weights as their recipes say, and run a function without caches."""
     recipes = weight_recipes(mod)
     with tvm.transform.PassContext(config=CODE_GENERATION):
-        executable = relax.build(
-            run(mod, lowering()), MACHINE.target, relax_pipeline=tvm.transform.Sequential([])
-        )
+        lowered = run(mod, pipeline().parts()[1].bind(Planner(MACHINE)))
+        executable = relax.build(lowered, MACHINE.target, relax_pipeline=tvm.transform.Sequential([]))
     packed = [_tensor(recipe.make(weights.__getitem__)) for recipe in recipes]
     virtual_machine = relax.VirtualMachine(executable, tvm.cpu())
     result = virtual_machine[function](_tensor(ids), Shape([ids.shape[1]]), [], packed)

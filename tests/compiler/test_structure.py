@@ -13,11 +13,10 @@ from relax_llm.artifact.formulas import evaluate
 from relax_llm.compiler import launches
 from relax_llm.compiler.export import ENTRIES
 from relax_llm.compiler.passes.lift_weights import weight_recipes
-from relax_llm.compiler.pipeline import lowering, run
 from relax_llm.kernels.machine import CODE_GENERATION, machine
 from relax_llm.kernels.problem import problem_of
 
-from .modules import MODELS, TARGET, functions_of, kernels_of, stages
+from .modules import MODELS, TARGET, functions_of, kernels_of, lowered, stages
 
 if TYPE_CHECKING:
     from tvm import IRModule
@@ -160,7 +159,7 @@ def test_launches_are_the_calls_of_the_virtual_machine() -> None:
         mod = _final(model)
         with tvm.transform.PassContext(config=CODE_GENERATION):
             sequence = tvm.transform.Sequential([])
-            executable = relax.build(run(mod, lowering()), machine(TARGET).target, relax_pipeline=sequence)
+            executable = relax.build(lowered(mod), machine(TARGET).target, relax_pipeline=sequence)
         found: dict[str, list[str]] = {}
         for line in str(executable.as_text()).splitlines():
             if heading := re.match(r"@(\w+):", line):

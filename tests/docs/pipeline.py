@@ -7,13 +7,11 @@ import re
 import textwrap
 from typing import TYPE_CHECKING
 
-from relax_llm.compiler.pipeline import lowering, pipeline
-from relax_llm.compiler.planner import Planner
-from relax_llm.kernels.machine import machine
+from relax_llm.compiler.pipeline import name_of, pipeline
 from tests.docs.markdown import ROOT
 
 if TYPE_CHECKING:
-    from relax_llm.compiler.pipeline import Pass
+    from relax_llm.compiler.pipeline import Entry
 
 DOCUMENT = ROOT / "docs" / "pipeline.md"
 BEGIN, END = "<!-- written by `python -m tests.docs.pipeline` -->\n", "<!-- end -->\n"
@@ -40,8 +38,9 @@ TVM = {
 
 def generated() -> str:
     """Both lists of passes as Markdown."""
-    ours = [_section(number, step) for number, step in enumerate(pipeline(Planner(machine("x86-64-v3"))), 1)]
-    theirs = [f"| `{name}` | {TVM[name]} |\n" for name in map(_name, lowering())]
+    to_launches, to_instructions = pipeline().parts()
+    ours = [_section(number, step) for number, step in enumerate(to_launches, 1)]
+    theirs = [f"| `{name}` | {TVM[name]} |\n" for name in to_instructions.names()]
     table = "".join(["| pass | what it does |\n|---|---|\n", *theirs])
     return "\n".join(["## From operators to launches\n", *ours, "## From launches to instructions\n", table])
 
@@ -52,18 +51,15 @@ def written() -> str:
     return rest.partition(END)[0]
 
 
-def _name(step: Pass) -> str:
-    info = getattr(step, "info", None)
-    return type(step).__name__ if info is None else str(info.name)
-
-
-def _section(number: int, step: Pass) -> str:
-    name = _name(step)
+def _section(number: int, step: Entry) -> str:
+    name = name_of(step)
     if name in TVM:
         return f"### {number}. {name} (TVM's)\n\n{TVM[name]}\n"
-    file = inspect.getfile(type(step))
+    kind = getattr(step, "kind", None)
+    assert isinstance(kind, type), name
+    file = inspect.getfile(kind)
     link = f"../relax_llm/{file.rpartition('/relax_llm/')[2]}"
-    return f"### {number}. [{name}]({link})\n\n{_markdown(inspect.getdoc(type(step)) or '')}"
+    return f"### {number}. [{name}]({link})\n\n{_markdown(inspect.getdoc(kind) or '')}"
 
 
 def _markdown(docstring: str) -> str:
