@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from relax_llm.compiler.compile import compile
     from relax_llm.compiler.pipeline import pipeline
     from relax_llm.errors import RelaxLLMError
-    from relax_llm.plan.kernel import Declined, kernel
+    from relax_llm.plan.kernel import Declined, Layout, kernel
+    from relax_llm.plan.plan import Plan
     from relax_llm.runtime.chat import Chat
     from relax_llm.runtime.runner import Runner
     from relax_llm.runtime.state import State
@@ -19,6 +20,8 @@ _PLACES = {
     "Artifact": "relax_llm.artifact.artifact",
     "Chat": "relax_llm.runtime.chat",
     "Checkpoint": "relax_llm.checkpoint",
+    "Layout": "relax_llm.plan.kernel",
+    "Plan": "relax_llm.plan.plan",
     "RelaxLLMError": "relax_llm.errors",
     "Runner": "relax_llm.runtime.runner",
     "State": "relax_llm.runtime.state",
@@ -35,6 +38,8 @@ __all__ = [
     "Chat",
     "Checkpoint",
     "Declined",
+    "Layout",
+    "Plan",
     "RelaxLLMError",
     "Runner",
     "State",

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +18,9 @@ from relax_llm import cpu
 from relax_llm.artifact import weights
 from relax_llm.artifact.manifest import File, Manifest
 from relax_llm.errors import ArtifactError
+from relax_llm.plan.kernel import Kernel
 from relax_llm.plan.plan import Plan
+from relax_llm.plan.python_kernel import register_given, require
 from relax_llm.text.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -60,19 +62,37 @@ class Artifact:
         path = self.path / PLAN
         return Plan.from_json(path.read_text(encoding="utf-8"), str(path))
 
+    def check_kernels(self) -> None:
+        """Refuse to run without the kernels written in Python that it calls.
+
+        Raises:
+            ArtifactError: One was not given to `load`.
+        """
+        require(self.manifest.python_kernels, str(self.path))
+
     def weights(self) -> list[npt.NDArray[Any]]:
         """The packed weights, memory-mapped, in the order of the functions' argument."""
         return weights.read(self.path / WEIGHTS, self.manifest.weights)
 
-    def save(self, directory: str | os.PathLike[str]) -> "Artifact":
+    def save(self, directory: str | os.PathLike[str], *, python_kernels: bool = False) -> "Artifact":
         """Copy the artifact to a directory of yours.
 
         Args:
             directory: A new or empty directory, or one that holds an artifact, which is replaced.
+            python_kernels: Save although it calls kernels written in Python, which are not in it: whoever loads it must
+                give kernels of the same names, `relax_llm.load(directory, kernels=[...])`.
 
         Raises:
-            ArtifactError: The directory holds something else, or cannot be written.
+            ArtifactError: The directory holds something else, or cannot be written; or the artifact calls kernels
+                written in Python, and `python_kernels` is not said.
         """
+        if self.manifest.python_kernels and not python_kernels:
+            names = ", ".join(dict.fromkeys(python.kernel for python in self.manifest.python_kernels))
+            raise ArtifactError(
+                f"The artifact calls kernels written in Python ({names}), which cannot be saved; write them as "
+                "TVMScript or C, or save with python_kernels=True and give them by name to "
+                "relax_llm.load(..., kernels=[...])."
+            )
         target = Path(directory)
         if target.resolve() == self.path.resolve():
             return self
@@ -82,11 +102,14 @@ class Artifact:
         return Artifact(target, self.manifest)
 
 
-def load(directory: str | os.PathLike[str], *, for_this_machine: bool = True) -> Artifact:
+def load(
+    directory: str | os.PathLike[str], *, kernels: Sequence[Kernel] = (), for_this_machine: bool = True
+) -> Artifact:
     """Open an artifact and check that it is whole and made for this machine.
 
     Args:
         directory: Where it is.
+        kernels: Kernels written in Python that the artifact calls by name.
         for_this_machine: Refuse what this processor cannot run; else it may be looked at and copied.
 
     Raises:
@@ -115,6 +138,7 @@ def load(directory: str | os.PathLike[str], *, for_this_machine: bool = True) ->
             raise ArtifactError(f"{file} is missing; the artifact is incomplete, compile it again.")
         if describe(file) != expected:
             raise ArtifactError(f"{file} has changed since the artifact was made; compile it again.")
+    register_given(manifest.python_kernels, kernels)
     return Artifact(path, manifest)
 
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any, get_args, get_origin, get_type_hints
 
 from relax_llm.errors import ArtifactError
+from relax_llm.plan.python_kernel import PythonKernel
 
 FORMAT = 1
 
@@ -148,6 +149,7 @@ class Manifest:
         kernels: Every kernel by symbol.
         functions: The launches of each function, in program order.
         dispatchers: Those of the kernels that choose among several, by symbol.
+        python_kernels: Those that are written in Python, and have to be given when the artifact is loaded.
         files: The other files of the directory.
         notes: What the user should know, one sentence each.
     """
@@ -167,6 +169,7 @@ class Manifest:
     kernels: Mapping[str, Kernel]
     functions: Mapping[str, tuple[Launch, ...]]
     dispatchers: Mapping[str, Dispatcher] = field(default_factory=dict)
+    python_kernels: tuple[PythonKernel, ...] = ()
     files: Mapping[str, File] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

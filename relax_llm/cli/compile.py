@@ -36,6 +36,22 @@ def compile_(
     architecture: o.Architecture = None,
     kernels: o.Kernels = None,
     target: o.Target = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            "--plan",
+            metavar="FILE",
+            help="Which kernel serves which sizes: JSON from `tune`, or edited by hand.",
+        ),
+    ] = None,
+    selection: Annotated[
+        str,
+        typer.Option(
+            "--selection",
+            metavar="HOW",
+            help="dynamic: kernels are chosen by size; pinned: one for all sizes, so that all round alike.",
+        ),
+    ] = "dynamic",
     cache: Annotated[
         bool,
         typer.Option(
@@ -57,6 +73,8 @@ def compile_(
         architecture=architecture,
         kernels=kernels,
         target=target,
+        plan=plan,
+        selection=selection,
         output=output,
         cache=cache,
     )

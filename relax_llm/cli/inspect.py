@@ -7,6 +7,7 @@ import typer
 from relax_llm.cli import options as o, screen
 from relax_llm.cli.models import named_or_default
 from relax_llm.errors import InputError
+from relax_llm.plan.kernel import AXES
 
 
 def inspect(
@@ -35,7 +36,10 @@ def inspect(
         typer.Option("--explain", metavar="SITE", help="Say which kernels serve a site, and why."),
     ] = None,
     rows: Annotated[
-        int | None, typer.Option("--rows", "-M", metavar="M", help="With --explain: at this many rows only.")
+        int | None,
+        typer.Option(
+            "--rows", "-M", metavar="M", help="With --explain: at this many rows; short for --at M=..."
+        ),
     ] = None,
     weights: o.Weights = None,
     architecture: o.Architecture = None,
@@ -46,12 +50,15 @@ def inspect(
 ) -> None:
     """Show every kernel of an artifact: sites, problem, symbolic shapes, flops and bytes as formulas."""
     from relax_llm.cli import report
+    from relax_llm.cli.kernel_table import parse_sizes
 
     path, manifest = report.open_manifest(
         named_or_default(model), weights=weights, architecture=architecture, kernels=kernels, target=target
     )
     if explain is not None:
-        report.explain(path, manifest, explain, rows, json=json)
+        sizes = {"M": rows} if rows is not None else {}
+        sizes |= parse_sizes(at, {axis for axes in AXES.values() for axis in axes}) if at else {}
+        report.explain(path, manifest, explain, sizes, json=json)
         return
     if rows is not None:
         raise InputError("--rows goes with --explain SITE.")

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from relax_llm.cli import screen, tables
 from relax_llm.cli.kernel_table import kernel_uses, parse_sizes, problem_text, shapes_text, symbols
 from relax_llm.cli.models import compile_with_notes, is_artifact, refuse_compile_options
 from relax_llm.errors import ArtifactError, InputError
+from relax_llm.plan.plan import entry_json
 
 
 @dataclass(frozen=True)
@@ -175,16 +176,16 @@ def _show_total(report: Report) -> None:
     )
 
 
-def explain(path: Path, manifest: Manifest, site: str, rows: int | None, *, json: bool) -> None:
-    """Say which kernels serve a site, at one number of rows or at all.
+def explain(path: Path, manifest: Manifest, site: str, sizes: Mapping[str, int], *, json: bool) -> None:
+    """Say which kernels serve a site, at some sizes or at all.
 
     Raises:
-        PlanError: The plan has no such site.
+        PlanError: The plan has no such site, or it is not chosen by these sizes.
     """
     plan = Artifact(path, manifest).plan
-    text = plan.explain(site, rows)
+    text = plan.explain(site, **sizes)
     if json:
-        screen.json_document({"site": site, **asdict(plan.at(site))})
+        screen.json_document({"site": site, "entries": [entry_json(entry) for entry in plan.all_at(site)]})
     else:
         screen.write(f"{text}\n")
 

@@ -138,7 +138,9 @@ class Edit:
         kept = {
             var: func
             for var, func in mod.functions_items()
-            if var in launched or not isinstance(func, PrimFunc) or any(mark in func.attrs for mark in (INTERNAL, OPEN))
+            if var in launched
+            or not isinstance(func, PrimFunc)
+            or any(mark in func.attrs for mark in (INTERNAL, OPEN))
         }
         return IRModule(kept, attrs=mod.attrs)
 

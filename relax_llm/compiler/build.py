@@ -27,7 +27,6 @@ from relax_llm.errors import ArchitectureError, ArtifactError, CompileError, Rel
 from relax_llm.kernels.machine import CODE_GENERATION, Machine
 from relax_llm.layers import Decoder, Fields
 from relax_llm.layers.decoder import attention_layers
-from relax_llm.plan.kernel import Kernel
 from relax_llm.progress import Progress
 
 _CODE_SPACE = 64 * 2**20  # bytes; for objects and the linked library
@@ -39,11 +38,10 @@ tvm_ffi.register_error("KeyboardInterrupt", KeyboardInterrupt)
 def build(
     checkpoint: Checkpoint,
     architecture: type[Decoder],
-    machine: Machine,
+    planner: Planner,
     directory: Path,
     progress: Progress,
     warn: Callable[[str], None],
-    kernels: Sequence[Kernel] = (),
     pipeline: Sequence[Entry] | None = None,
 ) -> None:
     """Compile a checkpoint into an empty directory.
@@ -53,11 +51,11 @@ def build(
         ArchitectureError: The architecture cannot be traced or does not know the config.
         CompileError: Code generation failed.
     """
+    machine = planner.machine
     decoder = _construct(architecture, checkpoint.config)
     tensors = match(checkpoint, decoder)
     with progress.task("Tracing", 1):
         mod = export(decoder, machine)
-    planner = Planner(machine, kernels)
     to_launches, to_instructions = (part.bind(planner) for part in as_pipeline(pipeline).parts())
     with progress.task("Passes", len(to_launches)) as advance:
         mod = run(mod, to_launches, lambda *_: advance(1))
@@ -76,12 +74,13 @@ def build(
             warn(text)
 
     read = reader(tensors, note)
+    layouts = planner.layouts()
     by_name = dict(zip((weight.name for weight in weights), recipes, strict=True))
     with progress.task("Packing weights", len(weights)) as advance, (directory / WEIGHTS).open("wb") as file:
 
         def make(weight: Weight) -> Array:
             advance(1)
-            return by_name[weight.name].make(read)
+            return by_name[weight.name].make(read, layouts.__getitem__)
 
         write(file, weights, make)
     notes = [*checkpoint.notes, *_save_tokenizer(checkpoint, directory), *warnings]
@@ -105,6 +104,8 @@ def build(
             weights=tuple(weights),
             kernels=launches.kernels(mod, calls),
             functions=calls,
+            dispatchers=launches.dispatchers(planner.choices()),
+            python_kernels=tuple(planner.python_kernels()),
             notes=tuple(notes),
         ),
     )

@@ -18,9 +18,10 @@ from relax_llm.artifact.artifact import Artifact, load, replacing, versions
 from relax_llm.checkpoint import Checkpoint, open_checkpoint
 from relax_llm.compiler.sources import pass_sources
 from relax_llm.compiler.user_kernels import gather
-from relax_llm.errors import ArchitectureError, ArtifactError, CompileError
+from relax_llm.errors import ArchitectureError, ArtifactError, CompileError, KernelError
 from relax_llm.places import cache_directory
-from relax_llm.plan.kernel import Kernel
+from relax_llm.plan.kernel import Kernel, Layout, Selection
+from relax_llm.plan.plan import Plan
 from relax_llm.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from relax_llm.layers import Decoder
 
 WEIGHT_FORMATS = ("f32",)
+SELECTIONS: tuple[Selection, ...] = ("dynamic", "pinned")
 
 _MAKE_NO_ARTIFACTS = ("cli", "runtime")
 """Parts of this package that what is compiled does not depend on."""
@@ -40,6 +42,8 @@ def compile(
     architecture: "type[Decoder] | str | os.PathLike[str] | None" = None,
     target: str | None = None,
     kernels: Sequence[Kernel | str | os.PathLike[str]] = (),
+    plan: Plan | str | os.PathLike[str] | None = None,
+    selection: Selection = "dynamic",
     pipeline: "Sequence[Entry] | None" = None,
     output: str | os.PathLike[str] | None = None,
     cache: bool = True,
@@ -56,6 +60,10 @@ def compile(
         kernels: Kernels of yours, made with `relax_llm.kernel`, or Python files with some. They come before the
             built-in ones, in this order; after them those of installed packages, by the entry point group
             "relax_llm.kernels".
+        plan: Which kernel serves which sizes, from `relax_llm.tune`, another artifact or your editor: a Plan, or
+            the path of its JSON. It decides for the problems and sites it names.
+        selection: "dynamic": kernels are chosen by size; "pinned": one kernel for all sizes of a problem, so that
+            results do not depend on how tokens were divided among calls.
         pipeline: The passes, where they are not the standard ones: what `relax_llm.pipeline()` gives, changed.
         output: Where to put the artifact; by default the cache, whence `Artifact.save` copies it.
         cache: Whether an equal compilation made earlier may be used.
@@ -68,16 +76,25 @@ def compile(
         CheckpointError: The checkpoint cannot be read or does not fit the architecture.
         ArchitectureError: No architecture fits.
         KernelError: A kernel of yours is wrong, or cannot be used.
+        PlanError: The plan cannot be read, or names a kernel that cannot serve.
         CompileError: An option is not known, or code generation failed.
         ArtifactError: The output or the cache cannot be written.
     """
     if weights not in WEIGHT_FORMATS:
         raise CompileError(f"The weight format {weights!r} is not known; known: {', '.join(WEIGHT_FORMATS)}.")
+    if selection not in SELECTIONS:
+        raise CompileError(f"The selection {selection!r} is not known; known: {', '.join(SELECTIONS)}.")
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     if output is None and not cache:
         raise CompileError("Without the cache an output directory is needed: pass output=DIR.")
     chosen = gather(kernels)
-    place = cache_directory() / "artifacts" / _key(opened, weights, architecture, target, chosen, pipeline)
+    if output is not None and any(kernel.form == "python" for kernel in chosen):
+        raise ArtifactError(
+            "Kernels written in Python cannot be saved; compile without an output, and save with python_kernels=True."
+        )
+    wanted = plan if isinstance(plan, Plan) or plan is None else Plan.read(plan)
+    key = _key(opened, weights, architecture, target, chosen, pipeline, wanted, selection)
+    place = cache_directory() / "artifacts" / key
 
     def make(directory: Path) -> Artifact:
         with replacing(directory) as temporary:
@@ -88,15 +105,17 @@ def compile(
                 architecture=architecture,
                 target=target,
                 kernels=chosen,
+                plan=wanted,
+                selection=selection,
                 pipeline=pipeline,
             )
-        return load(directory, for_this_machine=target is None)
+        return load(directory, kernels=chosen, for_this_machine=target is None)
 
     if output is not None:
-        found = _cached(place) if cache else None
+        found = _cached(place, chosen) if cache else None
         return found.save(output) if found else make(Path(output))
     with _locked(place):
-        return _cached(place) or make(place)
+        return _cached(place, chosen) or make(place)
 
 
 def _build(
@@ -106,17 +125,21 @@ def _build(
     *,
     architecture: Any,
     target: str | None,
+    kernels: Sequence[Kernel],
+    plan: Plan | None,
+    selection: Selection,
     **options: Any,
 ) -> None:
     with progress.task("Loading the compiler", 1):
         from relax_llm.compiler.architectures import find
         from relax_llm.compiler.build import build
+        from relax_llm.compiler.planner import Planner
         from relax_llm.kernels.machine import machine
 
     build(
         checkpoint,
         find(checkpoint.config, architecture),
-        machine(target),
+        Planner(machine(target), kernels, plan=plan, selection=selection),
         directory,
         progress,
         _warn,
@@ -132,9 +155,9 @@ def _warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
-def _cached(place: Path) -> Artifact | None:
+def _cached(place: Path, kernels: Sequence[Kernel]) -> Artifact | None:
     try:
-        return load(place) if place.is_dir() else None
+        return load(place, kernels=kernels) if place.is_dir() else None
     except ArtifactError:
         shutil.rmtree(place, ignore_errors=True)
         return None
@@ -147,6 +170,8 @@ def _key(
     target: str | None,
     kernels: Sequence[Kernel],
     pipeline: "Sequence[Entry] | None",
+    plan: Plan | None,
+    selection: Selection,
 ) -> str:
     """Everything that the artifact depends on, as a name."""
     parts = {
@@ -157,6 +182,8 @@ def _key(
         "target": target or [cpu.architecture(), sorted(cpu.features())],
         "kernels": [_kernel_source(kernel) for kernel in kernels],
         "pipeline": pass_sources(pipeline),
+        "plan": plan.to_json() if plan else None,
+        "selection": selection,
         "versions": versions(),
         "package": _package_digest(),
     }
@@ -165,8 +192,9 @@ def _key(
 
 
 def _kernel_source(kernel: Kernel) -> list[str]:
-    """A kernel's record and the whole file it comes from: it may use any of it."""
-    fields = [str(value) for key, value in sorted(vars(kernel).items()) if key != "make"]
+    """A kernel's record, the whole file it comes from, which may use any of it, and the files that it reads."""
+    fields = [_stable(value) for key, value in sorted(vars(kernel).items()) if key != "make"]
+    fields += [hashlib.blake2b(_content(kernel, file)).hexdigest() for file in kernel.files]
     module = sys.modules.get(kernel.make.__module__)
     file = inspect.getsourcefile(kernel.make) or getattr(module, "__file__", None)
     captured = [repr(cell.cell_contents) for cell in kernel.make.__closure__ or ()]
@@ -176,6 +204,25 @@ def _kernel_source(kernel: Kernel) -> list[str]:
         else kernel.make.__code__.co_code.hex()
     )
     return [*fields, *captured, source]
+
+
+def _stable(value: Any) -> str:
+    """A field as text that is the same in every process, as a function's own is not."""
+    if isinstance(value, Layout):
+        return f"{value.name} {value.dtype} {_stable(value.shape)} {_stable(value.pack)}"
+    if isinstance(value, frozenset):
+        return str(sorted(value))
+    code = getattr(value, "__code__", None)
+    return f"{value.__qualname__} {code.co_code.hex()} {code.co_consts!r}" if code else str(value)
+
+
+def _content(kernel: Kernel, file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise KernelError(
+            f"Kernel {kernel.name!r} names the file {file}, which cannot be read: {error.strerror}."
+        ) from error
 
 
 def _source_of(architecture: Any) -> str:

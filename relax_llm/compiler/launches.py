@@ -8,11 +8,13 @@ from typing import Any
 from tvm import IRModule, ir, relax
 from tvm.tirx import PrimFunc
 
-from relax_llm.artifact.manifest import Argument, Kernel, Launch
+from relax_llm.artifact.manifest import Argument, Dispatcher, Kernel, Launch, Served
 from relax_llm.compiler.bindings import Line, is_op, lines
 from relax_llm.compiler.passes.lift_weights import weight_recipes
+from relax_llm.compiler.planner import Choice
 from relax_llm.compiler.recipes import Recipe, joined_name
-from relax_llm.kernels.problem import problem_of
+from relax_llm.kernels.operators import operator_of
+from relax_llm.kernels.problem import Problem, problem_of
 from relax_llm.layers.decoder import site_of
 
 
@@ -40,6 +42,23 @@ def kernels(mod: IRModule, calls: Mapping[str, tuple[Launch, ...]]) -> dict[str,
                 fields = json.loads(problem.to_json())
                 operator = fields.pop("operator")
                 found[var.name_hint] = Kernel(operator, fields, problem.flops, problem.bytes)
+    return found
+
+
+def dispatchers(choices: Mapping[str, tuple[Problem, Choice]]) -> dict[str, Dispatcher]:
+    """What each function that chooses among several kernels can run."""
+    found = {}
+    for symbol, (problem, choice) in choices.items():
+        if not choice.realized:
+            continue
+        records = [realized.kernel for realized in choice.realized.values()]
+        general = [record.name for record in records if record.sizes.everything]
+        found[symbol] = Dispatcher(
+            operator_of(problem).axes,
+            tuple(Served(record.name, record.sizes.to_json()) for record in records),
+            tuple(Served(part.kernel, part.sizes.to_json()) for part in choice.ranges),
+            general[0] if general else "",
+        )
     return found
 
 
@@ -81,7 +100,9 @@ def _launch(
         ]
     arguments += [_tensor("output", "", out) for out in outputs]
     kernel: ir.GlobalVar = call.args[0]
-    return Launch(_site(arguments, problems.get(kernel.name_hint, kernel.name_hint)), kernel.name_hint, tuple(arguments))
+    return Launch(
+        _site(arguments, problems.get(kernel.name_hint, kernel.name_hint)), kernel.name_hint, tuple(arguments)
+    )
 
 
 def _site(arguments: list[Argument], kernel: str) -> str:

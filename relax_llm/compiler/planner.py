@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from relax_llm.errors import KernelError, PlanError
 from relax_llm.kernels.checking import check
@@ -14,12 +13,10 @@ from relax_llm.kernels.matmul import Matmul
 from relax_llm.kernels.operators import operator_of
 from relax_llm.kernels.problem import Problem
 from relax_llm.plan.choosing import cover
-from relax_llm.plan.kernel import Declined, Kernel
+from relax_llm.plan.kernel import Declined, Kernel, Selection
 from relax_llm.plan.plan import Candidate, Entry, Measurement, Plan, Range
 from relax_llm.plan.python_kernel import PythonKernel
 from relax_llm.plan.sizes import Box
-
-Selection = Literal["dynamic", "pinned"]
 
 
 @dataclass(frozen=True)
@@ -214,14 +211,16 @@ class Planner:
             if part.kernel not in able.realized:
                 reason = able.reasons.get(part.kernel, "no kernel has this name")
                 raise PlanError(
-                    f"The plan given wants {part.kernel!r} for {entry.problem} at {part}, which cannot serve it: {reason}."
+                    f"The plan given wants {part.kernel!r} for {entry.problem} at {part}, which cannot "
+                    f"serve it: {reason}."
                 )
             valid = able.realized[part.kernel].kernel.sizes
             for axis, (first, last) in part.sizes.bounds:
                 low, high = valid[axis]
                 if first < low or (high is not None and (last is None or last > high)):
                     raise PlanError(
-                        f"The plan given wants {part.kernel!r} for {entry.problem} at {part}, but it is valid for {valid}."
+                        f"The plan given wants {part.kernel!r} for {entry.problem} at {part}, but it is "
+                        f"valid for {valid}."
                     )
 
     def _able(self, problem: Problem, site: str, entry: Entry | None) -> _Able:
@@ -238,7 +237,9 @@ class Planner:
             if isinstance(outcome, str):
                 reasons[kernel.name] = outcome
             elif self._selection == "pinned" and entry is None and not kernel.sizes.everything:
-                reasons[kernel.name] = "selection is pinned to one kernel for all sizes, and it is not valid for all"
+                reasons[kernel.name] = (
+                    "selection is pinned to one kernel for all sizes, and it is not valid for all"
+                )
             else:
                 able.append((kernel, outcome))
         wanted = entry.layout if entry is not None else _layout_name(able[0][1])
@@ -254,7 +255,9 @@ class Planner:
             reasons[kernel.name] = f"reads the weight {name}, which is stored {wanted} here"
         kept = [(kernel, realized) for kernel, realized in able if _layout_name(realized) == wanted]
         if not kept:
-            raise PlanError(f"The plan given stores the weight of {problem.name} as {wanted!r}, which no kernel reads.")
+            raise PlanError(
+                f"The plan given stores the weight of {problem.name} as {wanted!r}, which no kernel reads."
+            )
         return _Able(
             tuple(kernel for kernel, _ in kept),
             {kernel.name: realized for kernel, realized in kept},

@@ -124,9 +124,9 @@ def check(realized: Realized, machine: Machine, *, seconds: float = 20.0, seed: 
 def sizes(operator: Operator, box: Box) -> Iterator[dict[str, int]]:
     """The sizes at which a kernel for a box is run.
 
-    Along one axis: the ends of the range and their neighbours, the first four (each remainder of the smallest tile), for
-    each tile height its first multiple in the range and its neighbours, and 257. Of several axes, fewer of each, and of
-    the combinations as many as are needed for each to occur, up to a number.
+    Along one axis: the ends of the range and their neighbours, the first four (each remainder of the smallest tile),
+    for each tile height its first multiple in the range and its neighbours, and 257. Of several axes, fewer of each,
+    and of the combinations as many as are needed for each to occur, up to a number.
     """
     if operator.axes == ("M",):
         yield from ({"M": m} for m in _along(box["M"]))
@@ -161,8 +161,8 @@ def _along(bounds: Bounds) -> list[int]:
 
 def _few(bounds: Bounds) -> list[int]:
     first, last = bounds
-    ends = [last - 1, last] if last is not None else []
-    wanted = {first, first + 1, 2, 15, 16, 17, GRANULE - 1, GRANULE, GRANULE + 1, 130, *ends}
+    edges = [first, *(-(-first // tile) * tile for tile in (TILE, GRANULE)), *([last] if last is not None else [])]
+    wanted = {first + 129, *(edge + step for edge in edges for step in (-1, 0, 1))}
     return sorted(m for m in wanted if m >= first and (last is None or m <= last))
 
 

@@ -127,7 +127,7 @@ def dispatcher(
                 return
             axis, last = cut
             below = [(box, kernel) for box, kernel in rest if box[axis][0] <= last]
-            above = [(box, kernel) for box, kernel in rest if box[axis][1] is None or box[axis][1] > last]
+            above = [(box, kernel) for box, kernel in rest if (box[axis][1] or last + 1) > last]
             b.either(
                 sizes[axis] <= last,
                 lambda: choose([(_limited(box, axis, None, last), kernel) for box, kernel in below]),

@@ -22,7 +22,7 @@ from relax_llm.kernels.matmul.tiled import layout_named
 from relax_llm.kernels.operators import Operand, operator_of
 from relax_llm.kernels.problem import Problem
 from relax_llm.plan.kernel import Kernel, Layout as UserLayout
-from relax_llm.plan.python_kernel import PREFIX, PythonKernel, register
+from relax_llm.plan.python_kernel import PREFIX, PythonKernel, PythonOperand, register
 
 _SUFFIXES = {".c": "c", ".cc": "c++", ".cpp": "c++", ".cxx": "c++", ".o": "object"}
 
@@ -85,7 +85,7 @@ def realize(kernel: Kernel, problem: Problem, machine: Machine) -> Realized:
         kernel.make(schedule, part)
         return Realized(kernel, part, symbol, schedule.mod["main"], operands, layout)
     if kernel.form == "python":
-        known = tuple((o.name, o.shape, o.dtype, o.role) for o in operands)
+        known = tuple(PythonOperand(o.name, tuple(map(str, o.shape)), o.dtype, o.role) for o in operands)
         python = PythonKernel(kernel.name, symbol, asdict(part), known)
         register(python, kernel)
         return Realized(kernel, part, symbol, _packed(symbol, operands), operands, layout, python=python)
@@ -139,6 +139,11 @@ def _object(kernel: Kernel, problem: Problem, symbol: str, made: str | Path, mac
         if language is None:
             raise KernelError(
                 f"Kernel {kernel.name!r} gave the path {made}; known endings: {', '.join(_SUFFIXES)}."
+            )
+        if str(made) not in kernel.files:
+            raise KernelError(
+                f"Kernel {kernel.name!r} gave the path {made}, which it does not name; say files=({str(made)!r},), so "
+                "that a change of the file is seen."
             )
         try:
             content = made.read_bytes()

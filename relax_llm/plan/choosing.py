@@ -7,7 +7,28 @@ from relax_llm.plan.kernel import Kernel
 from relax_llm.plan.plan import Range
 from relax_llm.plan.sizes import Box, cells, corner
 
-_GRID = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
+_GRID = (
+    *range(1, 17),
+    20,
+    24,
+    28,
+    32,
+    40,
+    48,
+    56,
+    64,
+    80,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+    768,
+    1024,
+    2048,
+    4096,
+)
 """Sizes at which predicted costs are compared."""
 
 _WORTH = 0.97

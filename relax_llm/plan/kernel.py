@@ -14,6 +14,7 @@ from relax_llm.plan.plan import parts_of
 from relax_llm.plan.sizes import Bounds, Box
 
 Form = Literal["primfunc", "schedule", "c", "python"]
+Selection = Literal["dynamic", "pinned"]
 Cost = Callable[[Any, Mapping[str, int]], float]
 
 AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -75,6 +76,7 @@ class Kernel:
         features: Instruction set extensions it needs, as /proc/cpuinfo spells them.
         weights: Weight formats it reads.
         cost: Seconds that a launch takes, for a problem and its sizes, as far as can be told without measuring.
+        files: What the function reads beside its own file: sources, headers, object files.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Kernel:
     features: frozenset[str] = frozenset()
     weights: frozenset[str] = frozenset({"f32"})
     cost: Cost | None = None
+    files: tuple[str, ...] = ()
 
     @property
     def layout_name(self) -> str:
@@ -113,6 +116,7 @@ def kernel(
     features: tuple[str, ...] = (),
     weights: tuple[str, ...] = ("f32",),
     cost: Cost | None = None,
+    files: tuple[str, ...] = (),
     name: str | None = None,
 ) -> Callable[[Callable[..., Any]], Kernel]:
     """Make a kernel of a function.
@@ -143,6 +147,7 @@ def kernel(
         weights: Weight formats it reads.
         cost: Gives the seconds of a launch for (problem, sizes). A kernel with a cost competes with the others;
             one without serves all its sizes.
+        files: Paths of what the function reads: C files, headers, object files. A change of one compiles anew.
         name: By default the function's.
 
     Raises:
@@ -194,6 +199,7 @@ def kernel(
             frozenset(features),
             frozenset(weights),
             cost,
+            tuple(map(str, files)),
         )
 
     return register

@@ -168,7 +168,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The text of plan.json."""
-        entries = [_entry_json(entry) for entry in self.entries]
+        entries = [entry_json(entry) for entry in self.entries]
         return json.dumps(
             {**({"machine": dict(self.machine)} if self.machine else {}), "entries": entries}, indent=1
         )
@@ -209,7 +209,9 @@ def _explained(entry: Entry, site: str, sizes: Mapping[str, int]) -> Iterable[st
         yield f"  {candidate.kernel} (valid for {candidate.sizes}): {candidate.reason}"
 
 
-def _entry_json(entry: Entry) -> dict[str, Any]:
+def entry_json(entry: Entry) -> dict[str, Any]:
+    """An entry as plan.json has it."""
+
     def sized(item: Range | Candidate) -> dict[str, Any]:
         return {**vars(item), "sizes": item.sizes.to_json()}
 

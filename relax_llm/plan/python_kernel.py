@@ -19,6 +19,27 @@ PREFIX = "relax_llm.python."
 
 
 @dataclass(frozen=True)
+class PythonOperand:
+    """One argument.
+
+    Attributes:
+        name: What it is called.
+        shape: Numbers and names of sizes, as text.
+        dtype: Of its elements.
+        role: "input", "weight", "updated", "output", or "size" for a number.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    dtype: str
+    role: str
+
+    def at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its shape at concrete sizes."""
+        return tuple(sizes[size] if size in sizes else int(size) for size in self.shape)
+
+
+@dataclass(frozen=True)
 class PythonKernel:
     """What must be registered before an artifact can run.
 
@@ -26,13 +47,13 @@ class PythonKernel:
         kernel: The name of the kernel's record.
         symbol: What the compiled code calls it.
         problem: The fields of the problem.
-        operands: Name, shape (numbers and names of sizes), dtype and role of each argument.
+        operands: Its arguments.
     """
 
     kernel: str
     symbol: str
     problem: Mapping[str, Any]
-    operands: tuple[tuple[str, tuple[int | str, ...], str, str], ...]
+    operands: tuple[PythonOperand, ...]
 
 
 _functions: dict[str, Callable[..., None]] = {}
@@ -51,37 +72,41 @@ def register(python: PythonKernel, kernel: Kernel) -> None:
 def caller(python: PythonKernel, kernel: Kernel) -> Callable[..., None]:
     """The function of pointers, numbers and sizes that calls a kernel's function of arrays."""
     problem = SimpleNamespace(**python.problem)
-    sizes = list(
-        dict.fromkeys(size for _, shape, _, _ in python.operands for size in shape if isinstance(size, str))
-    )
+    named = [size for operand in python.operands for size in operand.shape if not size.isdigit()]
+    sizes = list(dict.fromkeys(named))
 
     def call(*values: Any) -> None:
         known = dict(zip(sizes, values[len(python.operands) :], strict=True))
         arguments: list[Any] = []
-        for (_, shape, dtype, role), value in zip(python.operands, values, strict=False):
-            if role == "size":
+        for operand, value in zip(python.operands, values, strict=False):
+            if operand.role == "size":
                 arguments.append(int(value))
             else:
-                concrete = tuple(known[size] if isinstance(size, str) else size for size in shape)
-                arguments.append(_array(value, concrete, dtype, writeable=role in ("output", "updated")))
+                writeable = operand.role in ("output", "updated")
+                arguments.append(_array(value, operand.at(known), operand.dtype, writeable=writeable))
         kernel.make(problem, *arguments)
 
     return call
 
 
-def register_all(needed: Iterable[PythonKernel], kernels: Iterable[Kernel], origin: str) -> None:
-    """Register what an artifact needs.
-
-    Raises:
-        ArtifactError: A kernel is neither given nor registered in this process.
-    """
+def register_given(needed: Iterable[PythonKernel], kernels: Iterable[Kernel]) -> None:
+    """Register those of an artifact's kernels that are given, by name."""
     given = {kernel.name: kernel for kernel in kernels}
     for python in needed:
         if python.kernel in given:
             register(python, given[python.kernel])
-        elif python.symbol not in _functions:
+
+
+def require(needed: Iterable[PythonKernel], origin: str) -> None:
+    """Refuse to go on without an artifact's kernels.
+
+    Raises:
+        ArtifactError: One was never registered in this process.
+    """
+    for python in needed:
+        if python.symbol not in _functions:
             raise ArtifactError(
-                f"{origin} calls the Python kernel {python.kernel!r}, which is not in the artifact; pass it: "
+                f"{origin} calls the Python kernel {python.kernel!r}, which is not in the artifact; give it by name: "
                 f"relax_llm.load(..., kernels=[{python.kernel}])."
             )
 
@@ -89,7 +114,7 @@ def register_all(needed: Iterable[PythonKernel], kernels: Iterable[Kernel], orig
 def _array(pointer: Any, shape: tuple[int, ...], dtype: str, *, writeable: bool) -> npt.NDArray[Any]:
     address = pointer.value if hasattr(pointer, "value") else int(pointer)
     kind = np.dtype(dtype)
-    memory = (ctypes.c_char * (math.prod(shape) * kind.itemsize)).from_address(address)
-    array: npt.NDArray[Any] = np.ndarray(shape, kind, memory)
+    memory = (ctypes.c_uint8 * (math.prod(shape) * kind.itemsize)).from_address(address)
+    array: npt.NDArray[Any] = np.ctypeslib.as_array(memory).view(kind).reshape(shape)
     array.flags.writeable = writeable
     return array

@@ -49,6 +49,7 @@ class Runner:
         """
         if threads is not None:
             vm.set_threads(threads)
+        artifact.check_kernels()
         manifest = artifact.manifest
         self.artifact = artifact
         self.vocab_size = manifest.vocab_size

@@ -14,14 +14,17 @@ from tvm.tirx.script.builder import ir as T
 
 from relax_llm import cpu
 from relax_llm.errors import KernelError
-from relax_llm.kernels import builder as b, checking
-from relax_llm.kernels.checking import OTHER_PROCESSOR, check, expected, sizes
+from relax_llm.kernels import builder as b
+from relax_llm.kernels.checking import OTHER_PROCESSOR, check, sizes
 from relax_llm.kernels.forms import realize
 from relax_llm.kernels.machine import machine
 from relax_llm.kernels.matmul import Matmul
 from relax_llm.kernels.matmul.tiled import tiled
+from relax_llm.kernels.operators import OPERATORS, matmul as record
+from relax_llm.kernels.operators.matmul import bounded
 from relax_llm.kernels.vectormath import ACTIVATIONS
 from relax_llm.plan.kernel import Kernel, kernel
+from relax_llm.plan.sizes import Box
 
 NoProcess = Callable[[], None]
 
@@ -310,9 +313,9 @@ class TestRemembering:
         check(honest, MACHINE)
         changed = [
             (replace(honest, objects=(b"",)), MACHINE),
-            (replace(honest, kernel=replace(loops, last=9)), MACHINE),
+            (replace(honest, kernel=replace(loops, sizes=Box.of(M=(1, 9)))), MACHINE),
             (replace(honest, func=realize(scheduled, SMALL, MACHINE).func), MACHINE),
-            (replace(honest, problem=replace(SMALL, k=65)), MACHINE),
+            (realize(loops, replace(SMALL, k=65), MACHINE), MACHINE),
             (honest, replace(MACHINE, features=frozenset())),
         ]
         no_process()
@@ -341,19 +344,44 @@ class TestRemembering:
         assert check(realize(loops, SMALL, MACHINE), MACHINE).startswith("checked at")
 
 
+def rows(first: int, last: int | None) -> list[int]:
+    return [point["M"] for point in sizes(OPERATORS["matmul"], Box.of(M=(first, last)))]
+
+
 class TestSizes:
     def test_all(self) -> None:
-        assert sizes(1, None) == [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 257]
+        assert rows(1, None) == [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 257]
 
     @pytest.mark.parametrize(("first", "last"), [(1, 8), (9, 64), (65, None), (300, 1000), (5, 5), (7, None)])
     def test_inside_with_boundaries(self, first: int, last: int | None) -> None:
-        chosen = sizes(first, last)
+        chosen = rows(first, last)
         assert chosen == sorted(set(chosen))
         assert chosen[0] == first
         assert chosen[-1] == last if last is not None else chosen[-1] >= max(257, first)
         assert first + 1 in chosen or last == first
         if last is None or last - first >= 7:  # every remainder of the smallest tile
             assert {m % 4 for m in chosen} == {0, 1, 2, 3}
+
+    @pytest.mark.parametrize(
+        "box",
+        [
+            Box(),
+            Box.of(seq=1),
+            Box.of(seq=(2, 40), kv_len=(1, 100)),
+            Box.of(batch=(2, 2), seq=1, kv_len=(513, None)),
+        ],
+        ids=str,
+    )
+    def test_several_axes(self, box: Box) -> None:
+        chosen = list(sizes(OPERATORS["attention"], box))
+        assert 5 <= len(chosen) <= 64
+        assert all(point in box and point["seq"] <= point["kv_len"] for point in chosen)
+        assert len({tuple(point.values()) for point in chosen}) == len(chosen)
+        for axis in ("seq", "kv_len"):
+            first, last = box[axis]
+            met = {point[axis] for point in chosen}
+            assert max(first, box["seq"][0]) in met
+            assert len(met) > 3 or last == first
 
 
 class TestBound:
@@ -365,7 +393,7 @@ class TestBound:
         rng = np.random.default_rng(k)
         x = rng.standard_normal((5, k), np.float32)
         weight = rng.standard_normal((40, k), np.float32)
-        right, bound = expected(Matmul(n=40, k=k), {"x": x, "weight": weight}, exact=False)
+        right, bound = bounded(Matmul(n=40, k=k), {"x": x, "weight": weight}, exact=False)
         terms = x[:, None, :] * weight[None]
         if order == "pairwise":
             got = terms.sum(axis=-1, dtype=np.float32)
@@ -381,8 +409,8 @@ class TestBound:
     @pytest.mark.parametrize("k", [1, 64, 14336, 100_000])
     def test_integers_are_exact_in_any_order(self, k: int) -> None:
         problem = Matmul(n=12, k=k, bias=True, residual=True)
-        inputs = checking._integers(problem, 3, np.random.default_rng(k))
-        right, _ = expected(problem, inputs, exact=True)
+        inputs = record._integers(problem, 3, np.random.default_rng(k))
+        right, _ = bounded(problem, inputs, exact=True)
         terms = inputs["x"][:, None, :] * inputs["weight"][None]
         for ordered in (terms, np.sort(terms, axis=-1)):
             got = np.cumsum(ordered, axis=-1, dtype=np.float32)[..., -1] + inputs["bias"] + inputs["residual"]
@@ -391,9 +419,9 @@ class TestBound:
 
 def test_columns_apart_are_the_whole() -> None:
     problem = Matmul(n=24, k=7, bias=True, activation="silu", gated=True, residual=True)
-    inputs = checking._reals(problem, 4, np.random.default_rng(0))
-    right, bound = expected(problem, inputs, exact=False)
+    inputs = record._reals(problem, 4, np.random.default_rng(0))
+    right, bound = bounded(problem, inputs, exact=False)
     for columns in (slice(0, 5), slice(5, 12)):
-        part_right, part_bound = expected(*checking._columns(problem, inputs, columns), exact=False)
+        part_right, part_bound = bounded(*record._columns(problem, inputs, columns), exact=False)
         np.testing.assert_allclose(part_right, right[:, columns], rtol=1e-12)
         np.testing.assert_allclose(part_bound, bound[:, columns], rtol=1e-12)

@@ -51,35 +51,34 @@ class SelectKernels:
         """Replace the functions and pack the weights."""
         edit = Edit(mod)
         problems = edit.problems()
-        choices: dict[tuple[str, int], Choice] = {}
+        chosen: dict[tuple[str, int], tuple[Problem, Choice, Layout | None]] = {}
         shared: dict[str, Layout] = {}
         for line in edit.lines:
             for index, problem, call in _launches(line, problems):
                 if isinstance(problem, Matmul):
                     weight = call.args[1][1]
                     choice = self.planner.choose(problem, _site(line, [weight], problem))
-                    choices[line.name, index] = choice
+                    chosen[line.name, index] = problem, choice, choice.layout
                     if weight in line.params and choice.layout:
                         shared[weight.name] = choice.layout
         for line in edit.lines:
-            for index, problem, call in reversed(list(_launches(line, problems))):
-                operands = list(call.args[1])
-                layout = choices[line.name, index].layout if isinstance(problem, Matmul) else None
-                if isinstance(problem, Embedding) and operands[1] in line.params:
-                    table = shared.get(operands[1].name)
-                    if isinstance(table, Tiled):
-                        layout, problem = table, changed_copy(problem, layout=table.name)
-                named = _site(line, operands, problem)
-                choice = choices.get((line.name, index)) or self.planner.choose(problem, named)
-                kernel = self._install(edit, problem, choice)
-                var = line.body[index][0]
+            for index, problem, call in _launches(line, problems):
+                if not isinstance(problem, Matmul):
+                    problem, layout = _sharing(line, problem, call, shared)
+                    choice = self.planner.choose(problem, _site(line, list(call.args[1]), problem))
+                    chosen[line.name, index] = problem, choice, layout
+        for line in edit.lines:
+            for index, _, call in reversed(list(_launches(line, problems))):
+                problem, choice, layout = chosen[line.name, index]
+                kernel, operands = self._install(edit, problem, choice), list(call.args[1])
+                before = []
                 if layout is not None:
-                    packed = bind("packed", _pack(operands[1], layout))
-                    operands[1] = packed[0]
-                call = relax.Call(call.op, [kernel, relax.Tuple(operands), *call.args[2:]], call.attrs, call.ty_args)
-                line.body[index] = (var, typed(call))
-                if layout is not None:
-                    line.insert(index, [packed])
+                    before = [bind("packed", _pack(operands[1], layout))]
+                    operands[1] = before[0][0]
+                args = [kernel, relax.Tuple(operands), *call.args[2:]]
+                replaced = typed(relax.Call(call.op, args, call.attrs, call.ty_args))
+                line.body[index] = ((line.body[index] or (None,))[0], replaced)
+                line.insert(index, before)
         return edit.module()
 
     def _install(self, edit: Edit, problem: Problem, choice: Choice) -> ir.GlobalVar:
@@ -89,18 +88,28 @@ class SelectKernels:
         branches = []
         for realized in choice.realized.values():
             func, sizes = internal(realized.func, realized.operands, realized.symbol)
-            kernel = edit.kernel(realized.symbol, lambda func=func: func)
+            kernel = edit.kernel(realized.symbol, partial(_same, func))
             rest = None
-            if realized.problem != problem:
+            if (
+                isinstance(problem, Matmul)
+                and isinstance(realized.problem, Matmul)
+                and realized.problem != problem
+            ):
                 name = f"epilogue_{problem.name}__{realized.problem.name}"
                 rest = edit.kernel(name, partial(_epilogue, problem, realized.problem, name))
-            branches.append(Branch(realized.kernel.name, realized.problem, realized.operands, sizes, kernel, rest))
+            branches.append(
+                Branch(realized.kernel.name, realized.problem, realized.operands, sizes, kernel, rest)
+            )
         edit.kernel(
             choice.name + OPEN_SUFFIX, partial(open_dispatcher, problem, choice.layout, branches, choice.name)
         )
         return edit.kernel(
             choice.name, partial(dispatcher, problem, choice.layout, branches, choice.ranges, choice.name)
         )
+
+
+def _same(func: PrimFunc) -> PrimFunc:
+    return func
 
 
 def _epilogue(problem: Matmul, part: Matmul, name: str) -> PrimFunc:
@@ -134,6 +143,17 @@ def _launches(
             problem = problems.get(expr.args[0])
             if problem is not None:
                 yield index, problem, expr
+
+
+def _sharing(
+    line: Line, problem: Problem, call: relax.Call, shared: Mapping[str, Layout]
+) -> tuple[Problem, Layout | None]:
+    """The problem of an embedding over a table in the layout that a matmul reads, and this layout; else as it was."""
+    if isinstance(problem, Embedding) and call.args[1][1] in line.params:
+        layout = shared.get(call.args[1][1].name)
+        if isinstance(layout, Tiled):
+            return changed_copy(problem, layout=layout.name), layout
+    return problem, None
 
 
 def _pack(weight: relax.Expr, layout: Layout) -> relax.Expr:

@@ -18,7 +18,7 @@ _FIELDS = {"bias": "bias", "activation": "activation", "gate": "gated", "residua
 
 
 def core(problem: Matmul, kernel: Kernel) -> Matmul:
-    """The part of a problem that a kernel computes: the product, and the epilogues up to the first it does not absorb."""
+    """What a kernel computes of a problem: the product, and the epilogues up to the first it does not absorb."""
     keep: dict[str, Any] = {"bias": False, "activation": None, "gated": False, "residual": False}
     for epilogue, field in _FIELDS.items():
         if not getattr(problem, field):

@@ -29,5 +29,7 @@ def matmul_kernels(machine: Machine) -> list[Kernel]:
             absorbs=_ALL,
         ),
         Kernel("plain_rows", "matmul", "primfunc", make(plain_rows), sizes=Box.of(M=(1, _FEW_ROWS))),
-        Kernel("plain_panels", "matmul", "primfunc", make(plain_panels), sizes=Box.of(M=(_FEW_ROWS + 1, None))),
+        Kernel(
+            "plain_panels", "matmul", "primfunc", make(plain_panels), sizes=Box.of(M=(_FEW_ROWS + 1, None))
+        ),
     ]

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from tvm import te, tirx
 from tvm.tirx import PrimFunc
 
-from relax_llm.kernels.builder import Expr
 from relax_llm.errors import KernelError
+from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.problem import Problem, require_positive, tag
 
 

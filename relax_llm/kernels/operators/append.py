@@ -14,7 +14,7 @@ from relax_llm.kernels.problem import tag
 
 
 def operands(problem: Append, layout: Layout | None) -> tuple[Operand, ...]:
-    """(qkv [batch, seq, width], (rope [seq, 2, head_dim / 2]), k_cache, v_cache, kv_len, q [batch, seq, heads, ...])."""
+    """(qkv [batch, seq, width], (rope [seq, 2, head_dim / 2]), k_cache, v_cache, kv_len, q)."""
     keys, values = cache_shapes("batch", problem.kv_heads, "tiles", problem.head_dim)
     rope = [Operand("rope", ("seq", 2, problem.head_dim // 2))] if problem.rope else []
     return (
