@@ -95,6 +95,16 @@ class Registers:
         for row, index, _, lanes in self:
             self.set(row, index, splat(0.0, lanes))
 
+    def load(self, matrix: Expr, at: Expr) -> None:
+        """Take the values of a matrix's rows from `at` on."""
+        for row, index, column, lanes in self:
+            self.set(row, index, load(matrix, at + row, column, lanes=lanes))
+
+    def store(self, matrix: Expr, at: Expr) -> None:
+        """Write into a matrix's rows from `at` on."""
+        for row, index, column, lanes in self:
+            store(matrix, self.get(row, index), at + row, column, lanes=lanes)
+
 
 def let(name: str, value: Expr) -> Expr:
     """Name a value, so that it is computed once.
@@ -136,6 +146,13 @@ def _neighbours(start: Expr, lanes: int) -> Expr:
 def put(buffer: Expr, value: Expr, *indices: Expr) -> None:
     """Write one element."""
     T.buffer_store(buffer, value, list(indices))
+
+
+def prefetch(buffer: Expr, index: Expr) -> None:
+    """Ask for the cache line of an element, in the second-level cache; one past the end is harmless."""
+    place, read, locality, data = T.address_of(buffer[index]), 0, 2, 1
+    hint = [T.int32(value) for value in (read, locality, data)]
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", place, *hint))
 
 
 @contextmanager

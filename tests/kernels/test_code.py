@@ -18,7 +18,7 @@ from relax_llm.kernels.library import build
 from relax_llm.kernels.lookup import Embedding, LastToken
 from relax_llm.kernels.machine import machine
 from relax_llm.kernels.matmul import Matmul
-from relax_llm.kernels.matmul.tiled import tile_for
+from relax_llm.kernels.matmul.micro import UNROLL, tile_for
 from relax_llm.kernels.norm import Norm
 from relax_llm.kernels.positions import Positions, RopeTable
 from relax_llm.kernels.problem import ATTRIBUTE, Problem, problem_of
@@ -114,8 +114,8 @@ def test_the_accumulators_of_a_matmul_stay_in_registers() -> None:
     code = _source(Matmul(64, 999), "x86-64-v4", "s")
     rows = tile_for(machine("x86-64-v4")).rows
     blocks = re.split(r"^\.LBB\S+:.*$|^\tj.*$", code, flags=re.MULTILINE)
-    full = [block for block in blocks if len(re.findall(r"vfmadd\w*ps.*%zmm", block)) == 2 * rows]
-    assert full, f"no loop has the {2 * rows} multiply-adds of a full tile"
+    full = [block for block in blocks if len(re.findall(r"vfmadd\w*ps.*%zmm", block)) == UNROLL * 2 * rows]
+    assert full, f"no loop has the {UNROLL * 2 * rows} multiply-adds of a full tile"
     for block in full:
         assert not re.search(r"vmov\w*\s+%zmm\d+, .*\(", block), (
             "an accumulator is written to memory in the loop"

@@ -51,9 +51,23 @@ class Sums:
         return y
 
 
+_LOWERING = (
+    relax.transform.ToNonDataflow(),
+    relax.transform.RemovePurityChecking(),
+    relax.transform.CallTIRRewrite(),
+    relax.transform.StaticPlanBlockMemory(),
+    relax.transform.LowerAllocTensor(),
+    relax.transform.KillAfterLastUse(),
+    relax.transform.LowerRuntimeBuiltin(),
+    relax.transform.ComputePrimValue(),
+    relax.transform.VMShapeLower(),
+    relax.transform.AttachGlobalSymbol(),
+)
+
+
 def build(module: tvm.IRModule, path: Path) -> Path:
-    """Compile a module into a library."""
+    """Compile a module into a library, each of its kernels as it stands."""
     target = tvm.target.Target({"kind": "llvm"})
-    executable = relax.build(module, target, relax_pipeline=relax.get_default_pipeline(target))
+    executable = relax.build(module, target, relax_pipeline=tvm.transform.Sequential(_LOWERING))
     executable.export_library(str(path))
     return path

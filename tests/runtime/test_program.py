@@ -31,6 +31,7 @@ from relax_llm.runtime.program_bytes import read, write
 from tests.runtime.libraries import Sums, build
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 EVERYTHING = Program(
@@ -113,7 +114,7 @@ def _shown(program: Program, instruction: Any) -> str:
 
     match instruction:
         case Call(target, function, arguments):
-            forms = {
+            forms: dict[Source, Callable[[int], str]] = {
                 Source.REGISTER: register,
                 Source.IMMEDIATE: lambda value: f"i{value}",
                 Source.CONSTANT: lambda value: f"c[{value}]",

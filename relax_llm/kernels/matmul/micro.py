@@ -1,0 +1,247 @@
+"""What the kernels over a packed weight share: the arguments, the micro-kernel with its prefetching, the epilogue."""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from tvm.tirx.script.builder import ir as T
+
+from relax_llm.kernels import builder as b
+from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.layout import Tiled
+from relax_llm.kernels.machine import LANES, Machine
+from relax_llm.kernels.matmul.problem import Matmul
+from relax_llm.kernels.vectormath import ACTIVATIONS
+
+UNROLL = 4
+"""Steps of the reduction in one turn of a micro-kernel's loop."""
+
+_LINE = 16
+"""f32 in a cache line."""
+
+_STREAMS = 2  # what the prefetcher of a core is made to follow at once; see `Prefetch`
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The register tile of a micro-kernel: `rows` of x by `cols` outputs, all held in vector registers."""
+
+    rows: int
+    cols: int
+
+
+def tile_for(machine: Machine) -> Tile:
+    """The tile that fills this machine's registers, but for the operands of two steps of the reduction."""
+    held = machine.vector_registers * machine.vector_bits // (32 * LANES)
+    cols = 32 if held >= 8 else 16
+    return Tile(max(1, held * 13 // 16 * LANES // cols), cols)
+
+
+def layout_for(problem: Matmul, machine: Machine) -> Tiled:
+    """The weight layout of this machine's kernels."""
+    return Tiled(tile_for(machine).cols, problem.gated)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The arguments of a kernel, as matrices.
+
+    Attributes:
+        problem: What is computed.
+        tile: The register tile.
+        m: Rows.
+        x: [M, K].
+        weight: [panels, K, cols].
+        bias: [N], or None.
+        residual: [M, outputs], or None.
+        out: [M, outputs].
+    """
+
+    problem: Matmul
+    tile: Tile
+    m: Expr
+    x: Expr
+    weight: Expr
+    bias: Expr | None
+    residual: Expr | None
+    out: Expr
+
+    @staticmethod
+    def declare(problem: Matmul, machine: Machine, *, flat: bool) -> "Operands":
+        """Declare the arguments; x is [M, K] where `flat`, else [batch, seq, K], and so are residual and out."""
+        outer = (b.size("M"),) if flat else (b.size("batch"), b.size("seq"))
+        x = b.argument("x", (*outer, problem.k))
+        weight = b.argument("weight", layout_for(problem, machine).shape(problem.n, problem.k))
+        bias = b.argument("bias", (problem.n,)) if problem.bias else None
+        residual = b.argument("residual", (*outer, problem.outputs)) if problem.residual else None
+        out = b.argument("out", (*outer, problem.outputs))
+        m = math.prod(outer[1:], start=outer[0])
+        matrix = lambda tensor: b.view(tensor, (m, problem.outputs))  # noqa: E731
+        return Operands(
+            problem,
+            tile_for(machine),
+            m,
+            b.view(x, (m, problem.k)),
+            weight,
+            bias,
+            None if residual is None else matrix(residual),
+            matrix(out),
+        )
+
+    @property
+    def panels(self) -> int:
+        """Panels of the weight."""
+        return Tiled(self.tile.cols, self.problem.gated).panels(self.problem.n)
+
+    @property
+    def per_panel(self) -> int:
+        """Outputs of a panel."""
+        return self.tile.cols // 2 if self.problem.gated else self.tile.cols
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """Brings the next part of the weight into the second-level cache while this one is worked on.
+
+    A core keeps too few misses of its own in flight to read memory at full speed, and its prefetcher looks only some
+    lines ahead, which multiply-adds outlast. Two streams are asked for at once, one from each half of the next part:
+    the prefetcher follows both, and keeps twice as many lines in flight as in one.
+
+    Attributes:
+        weight: The packed weight as [elements].
+        start: The element where the next part begins.
+        steps: Steps of the reduction in the next part.
+        tiles: The tiles of rows that this part is worked on by, among whom the lines are divided.
+        tile: Which of them this is.
+    """
+
+    weight: Expr
+    start: Expr
+    steps: int
+    tiles: Expr
+    tile: Expr
+
+    def emit(self, turn: Expr, u: int, tile: Tile, rows: int) -> None:
+        """Ask for what falls to step `u` of a turn of the loop over k, in a tile of so many rows."""
+        half = self.steps * tile.cols // _STREAMS
+        lines = (
+            UNROLL * tile.cols // _LINE // _STREAMS
+        )  # of each stream, in one turn, where there is but one tile
+        at = self.tile * (self.steps // UNROLL) + turn
+
+        def ask(stream: int, offset: Expr) -> None:
+            b.prefetch(self.weight, self.start + stream * half + offset)
+
+        def alone() -> None:
+            for line in range(u * lines // UNROLL, (u + 1) * lines // UNROLL):
+                for stream in range(_STREAMS):
+                    ask(stream, (at * lines + line) * _LINE)
+
+        def shared() -> None:
+            apart = T.truncdiv(self.tiles + (lines * _LINE - 1), self.tiles)
+            for line in range(lines // 2):
+                for stream in range(_STREAMS):
+                    if u == (line * _STREAMS + stream) * UNROLL // lines:
+                        ask(stream, at * apart + line * _LINE)
+
+        if rows < alone_up_to(tile) // 2 + 1:
+            alone()
+        elif rows > alone_up_to(tile):
+            shared()
+        else:
+            b.either(self.tiles == 1, alone, shared)
+
+
+def alone_up_to(tile: Tile) -> int:
+    """The most rows that are one tile; those up to a full tile are two, so that each has less to prefetch."""
+    return -(-tile.rows // 2)
+
+
+def tiles_for(tile: Tile, m: Expr) -> Expr:
+    """How many tiles M rows are cut into."""
+    full, alone = tile.rows, alone_up_to(tile)
+    return T.max((m + (full - 1)) // full, T.min(T.int64(2), (m + (alone - 1)) // alone))
+
+
+def micro_kernel(
+    acc: b.Registers,
+    x: Callable[[int, Expr], Expr],
+    weight: Callable[[Expr, int], Expr],
+    steps: Expr,
+    ahead: Callable[[Expr, int], None],
+    rest: int = 0,
+    ends: Expr | None = None,
+) -> None:
+    """Add products into the accumulators, for every k in ascending order.
+
+    Args:
+        acc: rows by vectors of a tile.
+        x: The element of a row at a step.
+        weight: The vector at a step and column.
+        steps: How many; a multiple of `UNROLL`.
+        ahead: Called for every turn of the loop and each step of it, to prefetch.
+        rest: Further steps, fewer than `UNROLL`.
+        ends: The run-time condition under which these are to be done; None for always.
+    """
+
+    def step(k: Expr) -> None:
+        for row, index, column, _ in acc:
+            acc.set(row, index, acc.get(row, index) + b.splat(x(row, k)) * weight(k, column))
+
+    with T.serial(T.truncdiv(steps, T.int64(UNROLL))) as turn:
+        for u in range(UNROLL):
+            ahead(turn, u)
+            step(turn * UNROLL + u)
+    if rest:
+        with b.when(ends) if ends is not None else nullcontext():
+            for u in range(rest):
+                step(steps + u)
+
+
+def write(operands: Operands, sums: Expr, at: Expr, height: Expr, first: Expr, panel: Expr) -> None:
+    """Apply the epilogue to a tile of sums, and write it.
+
+    Args:
+        operands: The arguments.
+        sums: [rows, cols].
+        at: The tile's first row in `sums`.
+        height: Its rows.
+        first: Its first row in the result.
+        panel: The panel of its columns.
+    """
+    problem, per_panel = operands.problem, operands.per_panel
+
+    def element(row: Expr, offset: int, lanes: int) -> None:
+        column = b.let("column", panel * per_panel + offset)
+
+        def reduced(start: int, bias_start: Expr) -> Expr:
+            value = b.load(sums, at + row, start, lanes=lanes)
+            return value if operands.bias is None else value + b.load(operands.bias, bias_start, lanes=lanes)
+
+        value = b.let("value", reduced(offset, column))
+        if problem.activation:
+            value = b.let("activated", ACTIVATIONS[problem.activation](value))
+        if problem.gated:
+            value = value * reduced(per_panel + offset, column + problem.outputs)
+        if operands.residual is not None:
+            value = value + b.load(operands.residual, first + row, column, lanes=lanes)
+        b.store(operands.out, value, first + row, column, lanes=lanes)
+
+    def rows(width: int) -> None:
+        with T.serial(height) as row:
+            for offset, lanes in b.chunks(width, min(LANES, per_panel)):
+                element(row, offset, lanes)
+
+    rest = problem.outputs % per_panel
+    if rest:
+        full = problem.outputs // per_panel
+        b.either(panel < full, lambda: rows(per_panel), lambda: rows(rest))
+    else:
+        rows(per_panel)
+
+
+def parts(k: int, most: int) -> int:
+    """Steps of each part of the reduction: at most `most`, all alike but the last, and whole turns of the loop."""
+    count = -(-k // most)
+    return -(-k // (count * UNROLL)) * UNROLL
