@@ -167,7 +167,7 @@ class RelaxLLM:
     def bind(self, kernel: str, x: Array, out: Array, weights: list[Array]) -> Callable[[int], None] | None:
         """A kernel where it is valid."""
         record, rows = self._kernels[kernel], len(x)
-        if rows < record.first or (record.last is not None and rows > record.last):
+        if {"M": rows} not in record.sizes:
             return None
         function = self._functions[kernel]
         at = [self._dlpack(self._as_packed(weight)) for weight in weights]
