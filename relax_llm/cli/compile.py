@@ -58,6 +58,15 @@ def compile_(
             "--cache/--no-cache", help="Take an equal compilation from the cache.", show_default=False
         ),
     ] = True,
+    dump_ir: Annotated[
+        Path | None,
+        typer.Option(
+            "--dump-ir",
+            metavar="DIR",
+            help="Write the module after every pass as text, with what each changed; compiles anew.",
+            show_default=False,
+        ),
+    ] = None,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -77,12 +86,15 @@ def compile_(
         selection=selection,
         output=output,
         cache=cache,
+        dump_ir=dump_ir,
     )
     seconds = time.perf_counter() - began
     if json:
         screen.json_document(_summary(artifact, seconds))
     else:
         _show(artifact, checkpoint, seconds)
+        if dump_ir is not None:
+            screen.hint(f"What each pass changed: {dump_ir / 'index.html'}")
 
 
 def _summary(artifact: "Artifact", seconds: float) -> dict[str, object]:

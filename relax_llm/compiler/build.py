@@ -1,5 +1,6 @@
 """Making an artifact: trace, run the pipeline, generate code, pack weights."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from relax_llm.artifact.manifest import Cache, Manifest, Weight
 from relax_llm.artifact.weights import write
 from relax_llm.checkpoint import Checkpoint
 from relax_llm.compiler import launches
+from relax_llm.compiler.dump import dumping
 from relax_llm.compiler.export import export
 from relax_llm.compiler.parameters import match, reader
 from relax_llm.compiler.passes.lift_weights import weight_recipes
@@ -43,6 +45,7 @@ def build(
     progress: Progress,
     warn: Callable[[str], None],
     pipeline: Sequence[Entry] | None = None,
+    dump_ir: str | os.PathLike[str] | None = None,
 ) -> None:
     """Compile a checkpoint into an empty directory.
 
@@ -57,14 +60,23 @@ def build(
     with progress.task("Tracing", 1):
         mod = export(decoder, machine)
     to_launches, to_instructions = (part.bind(planner) for part in as_pipeline(pipeline).parts())
-    with progress.task("Passes", len(to_launches)) as advance:
-        mod = run(mod, to_launches, lambda *_: advance(1))
+    with (
+        progress.task("Passes", len(to_launches) + len(to_instructions)) as advance,
+        dumping(dump_ir, mod) as dump,
+    ):
+
+        def watch(name: str, module: tvm.IRModule) -> None:
+            dump(name, module)
+            advance(1)
+
+        mod = run(mod, to_launches, watch)
+        instructions = run(mod, to_instructions, watch, launches_stay=True)
     calls = launches.functions(mod)
     recipes = weight_recipes(mod)
     weights = _weights(mod, recipes)
     _check_space(directory, sum(weight.nbytes for weight in weights))
     with progress.task("Compiling kernels", 1):
-        _library(run(mod, to_instructions), machine, directory / LIBRARY, planner.objects())
+        _library(instructions, machine, directory / LIBRARY, planner.objects())
     (directory / PLAN).write_text(planner.plan().to_json(), encoding="utf-8")
     warnings: list[str] = []
 

@@ -45,6 +45,7 @@ def compile(
     plan: Plan | str | os.PathLike[str] | None = None,
     selection: Selection = "dynamic",
     pipeline: "Sequence[Entry] | None" = None,
+    dump_ir: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     cache: bool = True,
     progress: Progress | None = None,
@@ -65,6 +66,8 @@ def compile(
         selection: "dynamic": kernels are chosen by size; "pinned": one kernel for all sizes of a problem, so that
             results do not depend on how tokens were divided among calls.
         pipeline: The passes, where they are not the standard ones: what `relax_llm.pipeline()` gives, changed.
+        dump_ir: A directory for the module after every pass, as text, with what each pass changed. The passes run
+            then, whatever the cache holds.
         output: Where to put the artifact; by default the cache, whence `Artifact.save` copies it.
         cache: Whether an equal compilation made earlier may be used.
         progress: Where to report to.
@@ -108,14 +111,16 @@ def compile(
                 plan=wanted,
                 selection=selection,
                 pipeline=pipeline,
+                dump_ir=dump_ir,
             )
         return load(directory, kernels=chosen, for_this_machine=target is None)
 
+    anew = dump_ir is not None  # what is in the cache passed through no pipeline now
     if output is not None:
-        found = _cached(place, chosen) if cache else None
+        found = _cached(place, chosen) if cache and not anew else None
         return found.save(output) if found else make(Path(output))
     with _locked(place):
-        return _cached(place, chosen) or make(place)
+        return (None if anew else _cached(place, chosen)) or make(place)
 
 
 def _build(

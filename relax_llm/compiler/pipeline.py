@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, overload, runtime_checkable
 
 from tvm import IRModule, relax
+from tvm.ir import GlobalVar
 from tvm.ir.transform import Pass as TVMPass
 
 from relax_llm.compiler.passes.combine_projections import CombineProjections
@@ -244,7 +245,11 @@ class Step:
 
 
 def run(
-    mod: IRModule, steps: Iterable[Step], watch: Callable[[str, IRModule], None] | None = None
+    mod: IRModule,
+    steps: Iterable[Step],
+    watch: Callable[[str, IRModule], None] | None = None,
+    *,
+    launches_stay: bool = False,
 ) -> IRModule:
     """Apply passes one after the other.
 
@@ -252,12 +257,14 @@ def run(
         mod: What the first one gets.
         steps: From `Pipeline.bind`.
         watch: Told of every pass's name and result.
+        launches_stay: Whether the passes stand after the border.
 
     Raises:
         CompileError: A pass fails, or gives what is not a well-formed module with the same functions.
     """
     for step in steps:
         given = {} if step.standard else _results(mod)
+        launched = {} if step.standard or not launches_stay else _launched(mod)
         try:
             mod = step.apply(mod)
         except CompileError:
@@ -270,6 +277,11 @@ def run(
             ) from error
         if not step.standard:
             _check(step.name, given, mod)
+            if launches_stay and _launched(mod) != launched:
+                raise CompileError(
+                    f"The pass {step.name} changes which kernels are launched, or their order; put it before the "
+                    "border Launches, where the manifest reads them."
+                )
         if watch is not None:
             watch(step.name, mod)
     return mod
@@ -309,6 +321,21 @@ def _results(mod: IRModule) -> dict[str, str]:
         for var, func in mod.functions_items()
         if isinstance(func, relax.Function)
     }
+
+
+def _launched(mod: IRModule) -> dict[str, list[str]]:
+    """The functions that each Relax function calls, in order."""
+    found: dict[str, list[str]] = {}
+    for var, func in mod.functions_items():
+        if not isinstance(func, relax.Function):
+            continue
+        calls = found.setdefault(var.name_hint, [])
+        for block in func.body.blocks:
+            for binding in block.bindings:
+                if isinstance(binding.value, relax.Call):
+                    callees = (binding.value.op, *binding.value.args[:1])  # call_tir has it as an argument
+                    calls += [callee.name_hint for callee in callees if isinstance(callee, GlobalVar)]
+    return found
 
 
 def _check(name: str, given: dict[str, str], mod: object) -> None:
