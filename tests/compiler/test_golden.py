@@ -9,13 +9,16 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from tvm import IRModule
+
+from relax_llm.compiler.passes.hide_internal import HideInternal
+from relax_llm.kernels import builder as b
+from relax_llm.kernels.dispatch import INTERNAL
 
 from .modules import after, before, functions_of, kernels_of, stages, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from tvm import IRModule
 
 PASSES = ("CombineProjections", "FuseMatmul", "Legalize", "SelectKernels", "LiftWeights")
 families = pytest.mark.parametrize("model", ["llama", "gpt2"])
@@ -46,6 +49,19 @@ def test_schedule_rest(golden: Callable[[str, str], None], model: str) -> None:
     golden(f"{model}-ScheduleRest", "\n\n".join(parts) or "# every kernel is scheduled already\n")
     for name, function in functions_of(old).items():
         assert text_of(function) == text_of(new[name])
+
+
+def _double() -> None:
+    rows = b.size("M")
+    x, out = b.argument("x", (rows, 8)), b.argument("out", (rows, 8))
+    b.store(out, b.load(x, 0, 0, lanes=8) * 2.0, 0, 0, lanes=8)
+
+
+def test_hide_internal(golden: Callable[[str, str], None]) -> None:
+    """What only a dispatcher calls loses its symbol; what the model calls keeps it."""
+    called = b.prim_func("mine__double", _double).with_attr(INTERNAL, True)
+    mod = IRModule({"mine__double": called, "dispatcher": b.prim_func("dispatcher", _double)})
+    golden("HideInternal", f"# before\n\n{text_of(mod)}\n\n# after\n\n{text_of(HideInternal()(mod))}")
 
 
 def digest(model: str) -> str:
