@@ -61,6 +61,29 @@ def numpy(result: Any) -> Array:
     return view
 
 
+class _Memory:
+    """Memory of a TVM tensor as NumPy asks for it: an array over it may be written, in every version of NumPy."""
+
+    def __init__(self, tensor: Any, kind: np.dtype[Any]) -> None:
+        self.tensor = tensor  # the memory lives as long as this
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (tensor.data_ptr(), False),
+            "shape": tuple(tensor.shape),
+            "typestr": kind.str,
+        }
+
+
+def view(tensor: Any) -> Array:
+    """A NumPy array over a TVM tensor's memory, to read and to write; bfloat16 comes as `ml_dtypes` has it."""
+    name = str(tensor.dtype)
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.asarray(_Memory(tensor, np.dtype(np.uint16))).view(ml_dtypes.bfloat16)
+    return np.asarray(_Memory(tensor, np.dtype(name)))
+
+
 _loaded: dict[Path, list[tuple[int, ...]]] = {}
 
 
@@ -145,6 +168,10 @@ class VirtualMachine:
         except (RuntimeError, AttributeError) as error:
             raise ArtifactError(f"{self._library} cannot execute the changed program: {error}") from error
         return other
+
+    def has_kernel(self, symbol: str) -> bool:
+        """Whether the library has a kernel of this name."""
+        return any(library.implements_function(symbol) for library in self._module.imports)
 
     def kernel(self, symbol: str) -> Callable[..., Any]:
         """A compiled kernel of the library, on its own: it takes tensors and sizes, outputs last.
