@@ -1,17 +1,23 @@
 """The runner: an artifact in execution."""
 
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from relax_llm.artifact.artifact import Artifact
 from relax_llm.errors import InputError
+from relax_llm.plan.kernel import Selection
 from relax_llm.runtime import generation, vm
 from relax_llm.runtime.answer import Generation, Piece
+from relax_llm.runtime.control import Control, Forced, Planned
+from relax_llm.runtime.counts import Counts
+from relax_llm.runtime.interpreter import Interpreter
 from relax_llm.runtime.state import State
+from relax_llm.runtime.stepper import Knowledge, Steps
 from relax_llm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -36,16 +42,21 @@ class Runner:
         generation_config: The checkpoint's defaults for generation.
     """
 
-    def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
+    def __init__(
+        self, artifact: Artifact, *, threads: int | None = None, selection: Selection = "dynamic"
+    ) -> None:
         """Load an artifact's code and map its weights.
 
         Args:
             artifact: From `compile` or `load`.
             threads: Threads that kernels use; by default all cores of this process. One number for a process.
+            selection: "dynamic": at each size the kernel that the plan has for it; "pinned": at each site one kernel
+                for every size, so that results are bitwise the same however tokens are divided among calls.
 
         Raises:
-            ArtifactError: The library or the weights cannot be loaded.
-            InputError: The process already uses another number of threads.
+            ArtifactError: The library or the weights cannot be loaded, or selection is pinned and a site has no
+                kernel for every size.
+            InputError: The process already uses another number of threads, or the selection is unknown.
         """
         if threads is not None:
             vm.set_threads(threads)
@@ -59,6 +70,8 @@ class Runner:
         self._weights = vm.pack([vm.tensor(array) for array in artifact.weights()])
         self._functions = {name: self._machine[name] for name in manifest.functions}
         self._running = Lock()  # the virtual machine has one set of registers
+        self._control = Control(artifact, self._machine, selection, self._running)
+        self._interpreter: Interpreter | None = None
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -95,10 +108,8 @@ class Runner:
         if not isinstance(output, str) or output not in _FUNCTIONS:
             raise InputError(f'output must be "last", "all" or "hidden", not {output!r}.')
         ids, flat = self._ids(state, token_ids)
-        result = self._call(_FUNCTIONS[output], state, ids)
-        if output == "last":
-            result = result[:, -1]
-        return result[0] if flat else result
+        function = _FUNCTIONS[output]
+        return _shaped(function, self._call(function, state, ids), flat)
 
     def decode(self, state: State, token_id: int | Sequence[int] | npt.NDArray[np.integer[Any]]) -> Floats:
         """Append one token to each sequence of a state.
@@ -114,14 +125,8 @@ class Runner:
             InputError: An id outside the vocabulary, or another batch than the state's.
             ContextLengthError: The context is full.
         """
-        array = _array(token_id)
-        if array.ndim > 1:
-            raise InputError(
-                f"decode takes one token for each sequence, not an array of shape {array.shape}."
-            )
-        ids, _ = self._ids(state, array.reshape(-1, 1))
-        result = self._call("decode", state, ids)[:, 0]
-        return result[0] if array.ndim == 0 else result
+        ids, flat = self._next_ids(state, token_id)
+        return _shaped("decode", self._call("decode", state, ids), flat)
 
     def generate(
         self,
@@ -143,15 +148,133 @@ class Runner:
         """Continue a prompt piece by piece; see `relax_llm.runtime.generation.stream` for the options."""
         return generation.stream(self, prompt, state=state, **options)
 
+    @overload
+    def force(self, site: str, kernel: str) -> Forced: ...
+    @overload
+    def force(self, site: str, kernel: None) -> None: ...
+    def force(self, site: str, kernel: str | None) -> Forced | None:
+        """Run one of an artifact's kernels at a site from now on, in all threads, whatever the plan says.
+
+        ::
+
+            runner.force("layers.3.mlp.down_proj", "my_gemv")      # until it is taken back:
+            runner.force("layers.3.mlp.down_proj", None)
+            with runner.force("layers.*.mlp.*", "my_gemv"): ...    # or for a while
+
+        The kernel serves the sizes that it is valid for; at others the plan is followed. The kernel forced last
+        counts, and also under another plan.
+
+        Args:
+            site: A place in the model, or a pattern with *; one that was fused answers to each of its parts.
+            kernel: A name as in the plan; None takes back what is forced at these sites.
+
+        Returns:
+            A context that takes it back at its end; its text says where and at which sizes the kernel serves.
+
+        Raises:
+            InputError: No site matches, or none of them has the kernel; those that are known are listed.
+            ArtifactError: The library cannot be controlled; it was compiled by another version.
+        """
+        return self._control.force(site, kernel)
+
+    def plan(self, plan: Planned) -> AbstractContextManager[None]:
+        """Run by another plan inside of a `with`; within another such context, by that one again afterwards.
+
+        Args:
+            plan: A plan, the path of one, or kernels by site: {"layers.*.mlp.down_proj": "my_gemv"}. Sites that it
+                does not name are served as before.
+
+        Raises:
+            PlanError: The plan cannot be read, or wants what this artifact's library does not have.
+            InputError: A site or kernel of the mapping is unknown.
+        """
+        return self._control.plan(plan)
+
+    def counting(self) -> AbstractContextManager[Counts]:
+        """Count inside of a `with` which kernel serves how many launches at which sizes.
+
+        ::
+
+            with runner.counting() as counts:
+                runner.prefill(state, token_ids)
+            print(counts)
+        """
+        return self._control.counting()
+
+    def steps(self, function: str, state: State, token_ids: Any) -> Steps:
+        """Launch a function kernel by kernel, under your control.
+
+        ::
+
+            for launch in runner.steps("decode", state, next_id):
+                print(launch.site, launch.kernel, launch.shapes)
+                launch.run()
+
+        Args:
+            function: "prefill", "decode", or another of the manifest's functions.
+            state: Grows by the tokens when the last launch has been made, as by a call of the function.
+            token_ids: As `prefill` or `decode` take them.
+
+        Returns:
+            The launches, to iterate over; nothing has been launched yet.
+
+        Raises:
+            InputError: There is no such function, or the tokens cannot be evaluated.
+            ContextLengthError: The tokens do not fit.
+            ArtifactError: The library cannot be stepped through; it was compiled by another version.
+        """
+        if not isinstance(function, str) or function not in self._functions:
+            raise InputError(f"There is no function {function!r}; there are: {', '.join(self._functions)}.")
+        ids, flat = self._next_ids(state, token_ids) if function == "decode" else self._ids(state, token_ids)
+        sizes, arguments = self._arguments(state, ids)
+        begun = state.length
+
+        def finish(result: Any) -> Floats:
+            if state.length != begun:
+                raise InputError(
+                    f"The state had {begun} tokens when these steps began and has {state.length} now; begin again."
+                )
+            state.append(ids)
+            return _shaped(function, vm.numpy(result), flat)
+
+        with self._running:
+            if self._interpreter is None:
+                self._interpreter = Interpreter(self._machine)
+            line, rules = self._control.line(function), list(self._control.rules(function))
+            own = not self._control.chooses
+        knowledge = Knowledge(line, rules, self.artifact.manifest.kernels, self.artifact.plan, own)
+        frame = self._interpreter.start(function, *arguments)
+        return Steps(self._interpreter, frame, function, sizes, knowledge, self._running, finish)
+
     def _call(self, function: str, state: State, ids: npt.NDArray[np.int32]) -> Floats:
+        sizes, arguments = self._arguments(state, ids)
+        with self._running:
+            if self._control.active:
+                result = self._control.call(function, sizes, *arguments)
+            else:
+                result = self._functions[function](*arguments)
+        state.append(ids)
+        return vm.numpy(result)
+
+    def _arguments(
+        self, state: State, ids: npt.NDArray[np.int32]
+    ) -> tuple[dict[str, int], tuple[Any, Any, Any, Any]]:
+        """The sizes of a call, and what the compiled functions are called with."""
         if not state.fits(self.artifact.manifest.caches):
             raise InputError("The state belongs to another model; make one with this runner's start().")
         caches = state.reserve(ids.shape[1])
-        length = vm.shape(state.length + ids.shape[1])
-        with self._running:
-            result = self._functions[function](vm.tensor(ids), length, caches, self._weights)
-        state.append(ids)
-        return vm.numpy(result)
+        sizes = {"batch": ids.shape[0], "seq": ids.shape[1], "kv_len": state.length + ids.shape[1]}
+        return sizes, (vm.tensor(ids), vm.shape(sizes["kv_len"]), caches, self._weights)
+
+    def _next_ids(self, state: State, token_id: Any) -> tuple[npt.NDArray[np.int32], bool]:
+        """One token id for each sequence as int32 [batch, 1], and whether it came without a batch axis."""
+        array = _array(token_id)
+        if array.ndim > 1:
+            raise InputError(
+                f"decode takes one token for each sequence, not an array of shape {array.shape}."
+            )
+        ids, _ = self._ids(state, array.reshape(-1, 1))
+        return ids, array.ndim == 0
 
     def _ids(self, state: State, token_ids: Any) -> tuple[npt.NDArray[np.int32], bool]:
         """Token ids as int32 [batch, seq], and whether they came without a batch axis."""
@@ -172,6 +295,15 @@ class Runner:
             bad = low if low < 0 else high
             raise InputError(f"Token id {bad} is outside the vocabulary of {self.vocab_size}.")
         return np.array(ids, np.int32, order="C"), array.ndim == 1  # a copy: DLPack refuses read-only memory
+
+
+def _shaped(function: str, result: Floats, flat: bool) -> Floats:
+    """A function's result [batch, seq, ...] as the caller gets it."""
+    if function == "prefill":
+        result = result[:, -1]
+    elif function == "decode":
+        result = result[:, 0]
+    return result[0] if flat else result
 
 
 def _array(token_ids: Any) -> npt.NDArray[Any]:
