@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from relax_llm.runtime.chat import Chat
     from relax_llm.runtime.runner import Runner
     from relax_llm.runtime.state import State
+    from relax_llm.tuning.tune import tune
 
 # Where each public name lives. They are imported on first use: running an artifact must not load the compiler.
 _PLACES = {
@@ -31,6 +32,7 @@ _PLACES = {
     "load": "relax_llm.artifact.artifact",
     "open_checkpoint": "relax_llm.checkpoint",
     "pipeline": "relax_llm.compiler.pipeline",
+    "tune": "relax_llm.tuning.tune",
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "load",
     "open_checkpoint",
     "pipeline",
+    "tune",
 ]
 
 

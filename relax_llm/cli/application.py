@@ -16,6 +16,7 @@ from relax_llm.cli.env import env
 from relax_llm.cli.generate import generate
 from relax_llm.cli.inspect import inspect
 from relax_llm.cli.interrupts import Termination
+from relax_llm.cli.tune import tune
 
 PROGRAM = "relax-llm"
 USER, FAULT, INTERRUPTED, TERMINATED, PIPE = 2, 1, 130, 143, 141
@@ -68,6 +69,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "compile": compile_,
     "inspect": inspect,
+    "tune": tune,
     "env": env,
 }
 for _name, _function in _COMMANDS.items():

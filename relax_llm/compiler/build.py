@@ -55,7 +55,7 @@ def build(
         CompileError: Code generation failed.
     """
     machine = planner.machine
-    decoder = _construct(architecture, checkpoint.config)
+    decoder = construct(architecture, checkpoint.config)
     tensors = match(checkpoint, decoder)
     with progress.task("Tracing", 1):
         mod = export(decoder, machine)
@@ -123,7 +123,12 @@ def build(
     )
 
 
-def _construct(architecture: type[Decoder], config: Mapping[str, Any]) -> Decoder:
+def construct(architecture: type[Decoder], config: Mapping[str, Any]) -> Decoder:
+    """A model for a config.json.
+
+    Raises:
+        ArchitectureError: The architecture cannot be made for it.
+    """
     try:
         decoder = architecture(Fields(config))
     except RelaxLLMError:

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -11,43 +12,67 @@ from relax_llm.tuning.rounds import Run
 
 Launch = Callable[..., None]
 
+WEIGHT = "weight"
+"""The argument that comes from memory."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What kernels of one problem take at some sizes, in order, the weight as each layout has it.
+
+    Attributes:
+        shapes: By name; the shape of `WEIGHT` is not used.
+        dtypes: By name.
+        weights: Shape and dtype of the weight by layout.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+    weights: Mapping[str, tuple[tuple[int, ...], str]]
+
+    @property
+    def others(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of all but the weight."""
+        return {name: (shape, self.dtypes[name]) for name, shape in self.shapes.items() if name != WEIGHT}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all but the weight."""
+        return Memory.needed(self.others)
+
 
 def runner(
-    functions: Mapping[str, Launch],
-    shapes: Mapping[str, Sequence[int]],
+    functions: Mapping[str, tuple[Launch, str]],
+    arguments: Arguments,
     weights: Memory,
     activations: Memory,
     tensor: Callable[[Any], Any],
     *,
-    dtypes: Mapping[str, str],
     cold: bool,
 ) -> Run:
-    """What launches kernels for one set of sizes.
+    """What launches kernels at some sizes.
 
     Args:
-        functions: The kernels by name; all take the same arguments.
-        shapes: The arguments in order, by name; "weight" is the one that comes from memory.
+        functions: The kernels by name, each with the layout that it reads.
+        arguments: What they take.
         weights: What the weight and its copies are views of.
         activations: What all other arguments are views of, one behind the other.
         tensor: Makes a TVM tensor of an array.
-        dtypes: Of arguments that are not float32.
         cold: Whether each launch reads another copy of the weight.
     """
-    others = {name: shape for name, shape in shapes.items() if name != "weight"}
-    arrays = activations.together(others, dtypes)
-    copies: Sequence[Any] = [None]
-    if "weight" in shapes:
-        copies = weights.copies(shapes["weight"], dtypes.get("weight", "float32"))
-    placed = {name: tensor(array) for name, array in arrays.items()}
-    arguments = [
-        tuple(tensor(copy) if name == "weight" else placed[name] for name in shapes)
-        for copy in (copies if cold else copies[:1])
-    ]
-    turns = _in_turn(arguments)
+    placed = {name: tensor(array) for name, array in activations.together(arguments.others).items()}
+    turns = {}
+    for layout, (shape, dtype) in arguments.weights.items():
+        copies: list[Any] = weights.copies(shape, dtype) if WEIGHT in arguments.shapes else [None]
+        given = [
+            tuple(tensor(copy) if name == WEIGHT else placed[name] for name in arguments.shapes)
+            for copy in (copies if cold else copies[:1])
+        ]
+        turns[layout] = _in_turn(given)
 
     def run(name: str, count: int) -> float:
-        function = functions[name]
-        batch = list(itertools.islice(turns, count))
+        function, layout = functions[name]
+        batch = list(itertools.islice(turns[layout], count))
         began = time.perf_counter()
         for operands in batch:
             function(*operands)
@@ -66,8 +91,3 @@ def _in_turn(items: Sequence[Any]) -> Iterator[Any]:
     while True:
         random.shuffle(shuffled)
         yield from shuffled
-
-
-def needed(shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, str]) -> int:
-    """Bytes of all arguments but the weight."""
-    return Memory.needed({name: shape for name, shape in shapes.items() if name != "weight"}, dtypes)

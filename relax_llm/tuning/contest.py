@@ -1,14 +1,18 @@
 """A contest: the kernels that can serve one problem, how to run them, and what was found out about them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from relax_llm.errors import InputError
+from relax_llm.plan.sizes import Bounds
 from relax_llm.tuning.distribution import Distribution
 from relax_llm.tuning.law import Curve
-from relax_llm.tuning.ranges import divide
+from relax_llm.tuning.ranges import divide, expense
 from relax_llm.tuning.rounds import Care, Deadline, Run, contend, estimate
 from relax_llm.tuning.store import Store
 
@@ -32,11 +36,13 @@ class Rival:
         name: The kernel's.
         rows: The M it is valid for.
         digest: Of its code and of all that its time depends on.
+        layout: How it reads the weight; kernels of a plan's entry share one.
     """
 
     name: str
-    rows: tuple[int, int | None]
+    rows: Bounds
     digest: str
+    layout: str = ""
 
     def serves(self, size: int) -> bool:
         """Whether it is valid for M."""
@@ -68,7 +74,8 @@ class Findings:
     Attributes:
         contest: Which.
         samples: Seconds by (M, whether the weight came from memory), then by kernel and round.
-        misses: How far predictions were off where they were put to the test: measured / predicted - 1.
+        misses: How far predictions were off where they were put to the test: of a kernel's seconds as a multiple of
+            the fastest one's, measured / predicted - 1.
     """
 
     def __init__(self, contest: Contest, store: Store) -> None:
@@ -147,21 +154,44 @@ class Findings:
                 row[valid] = curve.seconds(sizes[valid])
         return times
 
-    def division(self, distribution: Distribution, limit: int) -> list[tuple[int, str]]:
-        """The ranges of least expected time: (first M, kernel), ascending.
+    def division(self, distribution: Distribution, limit: int) -> Division:
+        """The ranges of least expected time; of all weight layouts that kernels read, the one that allows the least.
 
         Raises:
-            InputError: So few kernels do not serve every M.
+            InputError: So few kernels do not serve every M, in no layout.
         """
         sizes = distribution.sizes()
         times = self.times(sizes)
         cost = times * distribution.over(sizes, times.min(axis=0))
-        return [
-            (int(sizes[start]), self.contest.rivals[kernel].name)
-            for start, kernel in divide(cost, limit, PRICE)
-        ]
+        rivals = self.contest.rivals
+        found: list[tuple[float, Division]] = []
+        refusal: InputError | None = None
+        for layout in dict.fromkeys(rival.layout for rival in rivals):
+            members = [index for index, rival in enumerate(rivals) if rival.layout == layout]
+            try:
+                divided = divide(cost[members], limit, PRICE)
+            except InputError as error:
+                refusal = InputError(f"{self.contest.name}: {error}")
+                continue
+            ranges = tuple((int(sizes[start]), rivals[members[kernel]].name) for start, kernel in divided)
+            found.append((expense(cost[members], divided, PRICE), Division(layout, ranges)))
+        if refusal is not None and not found:
+            raise refusal
+        return min(found, key=lambda item: item[0])[1]
 
 
-def serving(division: list[tuple[int, str]], size: int) -> str:
-    """The kernel that a division gives M to."""
-    return next(name for first, name in reversed(division) if first <= size)
+@dataclass(frozen=True)
+class Division:
+    """Which kernel serves which M.
+
+    Attributes:
+        layout: The weight layout that they share.
+        ranges: (first M, kernel), ascending; the last range is without end.
+    """
+
+    layout: str
+    ranges: tuple[tuple[int, str], ...]
+
+    def serving(self, size: int) -> str:
+        """The kernel for M."""
+        return next(name for first, name in reversed(self.ranges) if first <= size)

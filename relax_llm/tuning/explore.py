@@ -131,7 +131,7 @@ def _unsettled(found: Findings, distribution: Distribution, limit: int) -> int |
     """A size next to a boundary that is to be measured before the boundary can be believed."""
     rivals = {rival.name: rival for rival in found.contest.rivals}
     known = found.measured()
-    for (_, before), (first, after) in pairwise(found.division(distribution, limit)):
+    for (_, before), (first, after) in pairwise(found.division(distribution, limit).ranges):
         if first > min(LARGEST, found.contest.largest):
             continue
         if not rivals[before].serves(first) or not rivals[after].serves(first - 1):
@@ -176,15 +176,20 @@ class _Tests:
         return None
 
     def _is_good(self, size: int, care: Care, deadline: Deadline) -> bool:
-        """Whether the kernels that matter take what was predicted, each beside the others."""
+        """Whether the kernels that matter take what was predicted, each beside the fastest.
+
+        Beside it, and not in seconds: when the machine has other work to do, all take longer, and no choice changes.
+        """
         found = self._found
         curves = {rival.name: found.curve(rival.name) for rival in found.contest.rivals}
         predicted = {name: curve.at(size) for name, curve in curves.items() if curve is not None}
         found.measure(size, care, deadline)
         measured = {name: points[size] for name in predicted if size in (points := found.points(name))}
-        best = min(measured.values())
+        best = min(measured, key=lambda name: measured[name])
         misses = [
-            seconds / predicted[name] - 1 for name, seconds in measured.items() if seconds <= _NEAR * best
+            (seconds / measured[best]) / (predicted[name] / predicted[best]) - 1
+            for name, seconds in measured.items()
+            if name != best and min(seconds / measured[best], predicted[name] / predicted[best]) <= _NEAR
         ]
         found.misses += misses
-        return max(map(abs, misses)) <= _GOOD
+        return max(map(abs, misses), default=0.0) <= _GOOD

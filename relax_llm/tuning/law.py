@@ -61,8 +61,9 @@ def fit(points: Mapping[int, float]) -> Law:
         return Law(float(seconds[0]), 0.0, 0.0, float(seconds[0] / sizes[0]), 1)
     prefixes = [prefix for prefix in _PREFIXES if len(sizes) - prefix >= 2]
     coarse = min((_bound(sizes, seconds, prefix) for prefix in prefixes), key=_merit)
-    near = range(coarse.prefix - 4, coarse.prefix + 8)
-    found = [_bound(sizes, seconds, prefix) for prefix in near if 0 <= prefix <= len(sizes) - 2]
+    at = prefixes.index(coarse.prefix)
+    between = range(prefixes[max(0, at - 1)] + 1, [*prefixes, len(sizes) - 1][at + 1])
+    found = [_bound(sizes, seconds, prefix) for prefix in between if prefix != coarse.prefix]
     return min([coarse, *found], key=_merit).law
 
 
@@ -83,13 +84,13 @@ def _merit(fit: _Fit) -> tuple[float, int]:
 def _bound(sizes: Sizes, seconds: Vector, prefix: int) -> _Fit:
     """The best law whose floor is what the first sizes show."""
     floor = float(np.median(seconds[:prefix])) if prefix else 0.0
-    laws = [
-        Law(floor, float(terms[0]), float(terms[1]), float(terms[2]), tile)
-        for tile, terms in zip(TILES, _solve(sizes[prefix:], seconds[prefix:]), strict=True)
-    ]
-    errors = [float(np.sum((law.seconds(sizes) / seconds - 1) ** 2)) for law in laws]
-    best = int(np.argmin(np.round(np.log(np.array(errors) + 1e-12), 1)))
-    return _Fit(prefix, laws[best], errors[best])
+    terms = _solve(sizes[prefix:], seconds[prefix:])
+    tiles = -(-sizes // np.array(TILES)[:, None])  # [tiles, S]
+    predicted = np.maximum(floor, terms[:, :1] + terms[:, 1:2] * tiles + terms[:, 2:] * sizes)
+    errors = np.sum((predicted / seconds - 1) ** 2, axis=1)
+    best = int(np.argmin(np.round(np.log(errors + 1e-12), 1)))
+    fixed, per_tile, per_row = map(float, terms[best])
+    return _Fit(prefix, Law(floor, fixed, per_tile, per_row, TILES[best]), float(errors[best]))
 
 
 def _solve(sizes: Sizes, seconds: Vector) -> Vector:
@@ -101,8 +102,9 @@ def _solve(sizes: Sizes, seconds: Vector) -> Vector:
     columns = scaled / unit[:, None, :]
     gram = np.einsum("tsi,tsj->tij", columns, columns)
     right = columns.sum(axis=1)  # the target is 1 everywhere: relative errors
-    masked = gram[:, None] * (_USES[:, :, None] & _USES[:, None, :])
-    answers = np.einsum("tuij,tuj->tui", np.linalg.pinv(masked, rcond=1e-9), right[:, None] * _USES)
+    # Terms that a solution does without are fixed at 0; a trace of the identity tells apart terms that are the same.
+    masked = gram[:, None] * (_USES[:, :, None] & _USES[:, None, :]) + np.eye(3) * (~_USES[:, None] + 1e-10)
+    answers = np.linalg.solve(masked, (right[:, None] * _USES)[..., None])[..., 0]
     errors = np.sum((np.einsum("tsi,tui->tus", columns, answers) - 1) ** 2, axis=2)
     errors[np.any(answers < -1e-9, axis=2)] = np.inf
     chosen = np.maximum(answers[np.arange(len(TILES)), np.argmin(errors, axis=1)], 0)

@@ -15,6 +15,9 @@ _PATTERN = 2**18
 
 Array = npt.NDArray[Any]
 
+Kind = tuple[tuple[int, ...], str]
+"""A tensor's shape and dtype."""
+
 
 def available() -> int:
     """Bytes that may be taken: half of what the operating system says is free, a gigabyte at most."""
@@ -56,7 +59,7 @@ class Memory:
 
         More than some number are spread out instead: each costs a little to make.
         """
-        size = math.prod(shape) * np.dtype(dtype).itemsize
+        size = _size(shape, dtype)
         stride = _padded(size)
         count = max(1, len(self._bytes) // stride)
         if count > _COPIES:
@@ -67,23 +70,23 @@ class Memory:
             for index in range(count)
         ]
 
-    def together(self, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, str]) -> dict[str, Array]:
-        """Tensors one behind the other, float32 where `dtypes` does not say otherwise."""
+    def together(self, wanted: Mapping[str, Kind]) -> dict[str, Array]:
+        """Tensors one behind the other."""
         start, made = 0, {}
-        for name, shape in shapes.items():
-            dtype = np.dtype(dtypes.get(name, "float32"))
-            size = math.prod(shape) * dtype.itemsize
+        for name, (shape, dtype) in wanted.items():
+            size = _size(shape, dtype)
             made[name] = self._bytes[start : start + size].view(dtype).reshape(shape)
             start += _padded(size)
         return made
 
     @staticmethod
-    def needed(shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, str]) -> int:
+    def needed(wanted: Mapping[str, Kind]) -> int:
         """Bytes that `together` takes."""
-        return sum(
-            _padded(math.prod(shape) * np.dtype(dtypes.get(name, "float32")).itemsize)
-            for name, shape in shapes.items()
-        )
+        return sum(_padded(_size(shape, dtype)) for shape, dtype in wanted.values())
+
+
+def _size(shape: Sequence[int], dtype: str) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def _padded(size: int) -> int:

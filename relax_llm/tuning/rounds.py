@@ -1,7 +1,8 @@
 """Measuring rivals against each other: interleaved rounds, so that what else the machine does meets all alike."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
@@ -45,6 +46,15 @@ class Deadline:
         self.budget = budget
         self._clock = clock
         self._end = clock() + budget
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do something that does not count."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._end += self._clock() - began
 
     def left(self) -> float:
         """Seconds left; negative when over."""

@@ -48,7 +48,8 @@ class Store:
         self._points[point] = found
         if self._path is None:
             return
-        line = json.dumps({"point": point, "samples": found}) + "\n"
+        # It begins with a line's end as well: an interrupt may have left a line without one.
+        line = "\n" + json.dumps({"point": point, "samples": found}) + "\n"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
