@@ -16,7 +16,7 @@ from relax_llm.plan.choosing import cover
 from relax_llm.plan.kernel import Declined, Kernel, Selection
 from relax_llm.plan.plan import Candidate, Entry, Measurement, Plan, Range
 from relax_llm.plan.python_kernel import PythonKernel
-from relax_llm.plan.sizes import Box
+from relax_llm.plan.sizes import Box, cells, corner
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,7 @@ class Planner:
         able = self._able(problem, site, entry)
         reasons = dict(able.reasons)
         axes = operator_of(problem).axes
+        _require_total(able.kernels, axes, site, able.layout)
         if entry is not None:
             ranges = entry.ranges
             self._check_entry(entry, able)
@@ -215,8 +216,8 @@ class Planner:
                     f"serve it: {reason}."
                 )
             valid = able.realized[part.kernel].kernel.sizes
-            for axis, (first, last) in part.sizes.bounds:
-                low, high = valid[axis]
+            for axis in entry.axes:
+                (first, last), (low, high) = part.sizes[axis], valid[axis]
                 if first < low or (high is not None and (last is None or last > high)):
                     raise PlanError(
                         f"The plan given wants {part.kernel!r} for {entry.problem} at {part}, but it is "
@@ -289,6 +290,17 @@ class Planner:
 
 def _clash(name: str) -> KernelError:
     return KernelError(f"Two kernels have the name {name!r}; give one of them another with name=.")
+
+
+def _require_total(kernels: Sequence[Kernel], axes: Sequence[str], site: str, layout: Layout | None) -> None:
+    boxes = [kernel.sizes for kernel in kernels]
+    for cell in cells(axes, boxes):
+        if not any(corner(cell) in box for box in boxes):
+            which = f" that reads the weight {layout.name}" if layout else ""
+            raise KernelError(
+                f"At {site}, no kernel{which} serves {cell}: {', '.join(kernel.name for kernel in kernels)} leave it "
+                "over, and the built-in kernels read other layouts. Give a kernel for the rest."
+            )
 
 
 def _layout_name(realized: Realized) -> str:

@@ -41,7 +41,7 @@ class Branch:
         core: What the kernel computes of the problem.
         operands: What it takes.
         sizes: Names of the sizes it takes behind its operands.
-        kernel: The kernel, internal.
+        kernel: The kernel, internal; or the name of a global function that is called back, which may raise.
         epilogue: What computes the rest, internal; None where the kernel computes all.
     """
 
@@ -49,7 +49,7 @@ class Branch:
     core: Problem
     operands: tuple[Operand, ...]
     sizes: tuple[str, ...]
-    kernel: ir.GlobalVar
+    kernel: ir.GlobalVar | str
     epilogue: ir.GlobalVar | None = None
 
 
@@ -187,9 +187,11 @@ def _prologue(problem: Problem, layout: Layout | None) -> tuple[dict[str, Expr],
     if "M" in operator.axes:
         known["M"] = known["batch"] * known["seq"]
 
-    def call(function: ir.GlobalVar, operands: Sequence[Expr], sizes: Sequence[str]) -> None:
-        pointers = [getattr(operand, "data", operand) for operand in operands]
-        T.evaluate(ir.Call(function, [*pointers, *(known[size] for size in sizes)]))
+    def call(function: ir.GlobalVar | str, operands: Sequence[Expr], sizes: Sequence[str]) -> None:
+        given = [getattr(operand, "data", operand) for operand in operands]
+        given += [known[size] for size in sizes]
+        # What a callback raises must leave the function that it is called in.
+        T.evaluate(T.call_packed(function, *given) if isinstance(function, str) else ir.Call(function, given))
 
     def run(branch: Branch) -> None:
         tensors = dict(given)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relax_llm import ffi
-from relax_llm.errors import ArtifactError
+from relax_llm.errors import ArtifactError, KernelError
 from relax_llm.plan.kernel import Kernel
 
 PREFIX = "relax_llm.python."
@@ -62,6 +62,8 @@ _functions: dict[str, Callable[..., None]] = {}
 def register(python: PythonKernel, kernel: Kernel) -> None:
     """Let compiled code call a kernel's function; a later one of the same symbol takes its place."""
     if python.symbol not in _functions:
+        # What crosses compiled code comes back as the class that is registered under its name.
+        ffi.runtime().register_error("KernelError", KernelError)
         # Compiled code looks a global function up once and keeps it: what may change lies behind it.
         ffi.runtime().register_global_func(
             PREFIX + python.symbol, lambda *values: _functions[python.symbol](*values), override=True
@@ -84,7 +86,12 @@ def caller(python: PythonKernel, kernel: Kernel) -> Callable[..., None]:
             else:
                 writeable = operand.role in ("output", "updated")
                 arguments.append(_array(value, operand.at(known), operand.dtype, writeable=writeable))
-        kernel.make(problem, *arguments)
+        try:
+            kernel.make(problem, *arguments)
+        except Exception as error:  # the function is the user's
+            raise KernelError(
+                f"The Python kernel {kernel.name!r} failed for {python.symbol}: {type(error).__name__}: {error}."
+            ) from error
 
     return call
 

@@ -11,6 +11,7 @@ from relax_llm.compiler.bindings import Edit, Line, bind, is_launch, typed, used
 from relax_llm.compiler.planner import Choice, Planner
 from relax_llm.compiler.recipes import joined_name
 from relax_llm.kernels.dispatch import OPEN_SUFFIX, Branch, dispatcher, internal, open_dispatcher
+from relax_llm.kernels.forms import Realized, sizes_of
 from relax_llm.kernels.layout import Layout, Tiled
 from relax_llm.kernels.library import build
 from relax_llm.kernels.lookup import Embedding
@@ -18,6 +19,7 @@ from relax_llm.kernels.matmul import Matmul
 from relax_llm.kernels.matmul.epilogue import epilogue, epilogue_operands
 from relax_llm.kernels.problem import Problem
 from relax_llm.layers.decoder import site_of
+from relax_llm.plan.python_kernel import PREFIX
 
 PACK = "relax_llm.pack."
 """Prefix of the functions that pack a weight; the layout follows. They run when the artifact is made."""
@@ -87,8 +89,7 @@ class SelectKernels:
             return edit.kernel(choice.name, partial(build, problem, self.planner.machine))
         branches = []
         for realized in choice.realized.values():
-            func, sizes = internal(realized.func, realized.operands, realized.symbol)
-            kernel = edit.kernel(realized.symbol, partial(_same, func))
+            kernel, sizes = self._callee(edit, realized)
             rest = None
             if (
                 isinstance(problem, Matmul)
@@ -106,6 +107,13 @@ class SelectKernels:
         return edit.kernel(
             choice.name, partial(dispatcher, problem, choice.layout, branches, choice.ranges, choice.name)
         )
+
+    def _callee(self, edit: Edit, realized: Realized) -> tuple[ir.GlobalVar | str, tuple[str, ...]]:
+        """What a dispatcher calls for a kernel, and the sizes that it takes behind its operands."""
+        if realized.python is not None:
+            return PREFIX + realized.symbol, tuple(sizes_of(realized.operands))
+        func, sizes = internal(realized.func, realized.operands, realized.symbol)
+        return edit.kernel(realized.symbol, partial(_same, func)), sizes
 
 
 def _same(func: PrimFunc) -> PrimFunc:
