@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 WEIGHT_FORMATS = ("f32",)
 SELECTIONS: tuple[Selection, ...] = ("dynamic", "pinned")
 
-_MAKE_NO_ARTIFACTS = ("cli", "runtime")
+_MAKE_NO_ARTIFACTS = ("cli", "runtime", "tuning")
 """Parts of this package that what is compiled does not depend on."""
 
 

@@ -1,4 +1,4 @@
-"""Where kernels meet: one library with all candidates, memory like the model's, and a contest for each problem."""
+"""Where kernels meet: a library of candidates for each problem, memory like the model's, and a contest."""
 
 import hashlib
 import json
@@ -16,11 +16,12 @@ from relax_llm.kernels.forms import Realized
 from relax_llm.kernels.machine import CODE_GENERATION, Machine
 from relax_llm.kernels.operators import operator_of
 from relax_llm.kernels.operators.operator import Operand
+from relax_llm.kernels.problem import Problem
 from relax_llm.places import cache_directory
 from relax_llm.tuning import bench, memory
 from relax_llm.tuning.contest import Contest, Rival
 from relax_llm.tuning.library import Entrant, link
-from relax_llm.tuning.rounds import Run
+from relax_llm.tuning.rounds import Deadline, Run
 from relax_llm.tuning.survey import Subject
 
 _LARGEST = 2**24
@@ -29,45 +30,61 @@ _LARGEST = 2**24
 class Arena:
     """Compiled candidates, and the memory that they are measured in."""
 
-    def __init__(self, machine: Machine, subjects: Sequence[Subject], activations: int) -> None:
-        """Compile, or take an equal library from the cache, and allocate.
+    def __init__(
+        self,
+        machine: Machine,
+        subjects: Sequence[Subject],
+        activations: int,
+        deadline: Deadline,
+        compiled: Callable[[], None],
+    ) -> None:
+        """Compile, or take equal libraries from the cache, and allocate.
 
         Args:
             machine: What to compile for: this machine.
             subjects: What competes.
             activations: Bytes that arguments other than weights may take.
+            deadline: When to compile no more.
+            compiled: Called after each problem.
 
         Raises:
             CompileError: Code generation failed.
         """
-        self._entrants = {
-            (subject.problem, realized.symbol): Entrant(f"tuned_{index}_{number}", subject.problem, realized)
-            for index, subject in enumerate(subjects)
-            for number, realized in enumerate(subject.candidates)
-        }
-        self._digests = {key: _digest(entrant, machine) for key, entrant in self._entrants.items()}
-        whole = hashlib.blake2b(json.dumps(sorted(self._digests.values())).encode(), digest_size=16)
-        path = cache_directory() / "tuning" / f"{whole.hexdigest()}.so"
-        if not path.is_file():
-            link(list(self._entrants.values()), machine, path)
         runtime = ffi.runtime()
-        self._library = runtime.load_module(str(path))
+        self._subjects = tuple(subjects)  # kept, because they are known by identity
+        self._digests: dict[tuple[Problem, str], str] = {}
+        self._functions: dict[int, dict[str, tuple[bench.Launch, str]]] = {}
+        for subject in subjects:
+            entrants = [
+                Entrant(f"tuned_{number}", subject.problem, realized)
+                for number, realized in enumerate(subject.candidates)
+            ]
+            digests = {entrant.realized.symbol: _digest(entrant, machine) for entrant in entrants}
+            whole = hashlib.blake2b(json.dumps([*digests.values()]).encode(), digest_size=16)
+            path = cache_directory() / "tuning" / f"{whole.hexdigest()}.so"
+            if not path.is_file():
+                if deadline.left() <= 0:
+                    continue
+                link(entrants, machine, path)
+            library = runtime.load_module(str(path))
+            self._functions[id(subject)] = {
+                entrant.realized.kernel.name: (library[entrant.symbol], _layout(entrant.realized))
+                for entrant in entrants
+            }
+            self._digests |= {(subject.problem, symbol): digest for symbol, digest in digests.items()}
+            compiled()
         self._tensor: Callable[[Any], Any] = runtime.from_dlpack
         needed = [len(subject.entry.sites) * _weight_bytes(subject.candidates[0]) for subject in subjects]
         largest = max(_weight_bytes(realized) for subject in subjects for realized in subject.candidates)
         self._weights = memory.Memory(max(largest, min(sum(needed), memory.available())))
         self._activations = memory.Memory(min(activations, memory.available()))
 
-    def contest(self, subject: Subject) -> Contest:
-        """The contest for a problem."""
+    def contest(self, subject: Subject) -> Contest | None:
+        """The contest for a problem; None where the time was over before its kernels were compiled."""
+        functions = self._functions.get(id(subject))
+        if functions is None:
+            return None
         layouts = {_layout(realized): realized for realized in subject.candidates}
-        functions = {
-            realized.kernel.name: (
-                self._library[self._entrants[subject.problem, realized.symbol].symbol],
-                _layout(realized),
-            )
-            for realized in subject.candidates
-        }
 
         def arguments(size: int) -> bench.Arguments:
             sizes = {"batch": 1, "seq": size, "M": size}

@@ -1,4 +1,4 @@
-"""One library with every kernel of every contest, each to be launched as the model would launch it."""
+"""A library with every kernel of a contest, each to be launched as the model would launch it."""
 
 import os
 import secrets

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +86,7 @@ def tune(
         set_threads(threads)
     ffi.runtime()
     reports = progress or Silent()
-    tuning = _survey(checkpoint, gather(kernels), architecture, deadline, reports)
+    tuning = survey_of(checkpoint, gather(kernels), architecture, deadline, reports)
     settings = {
         "budget_seconds": budget,
         "distribution": chosen.text,
@@ -126,14 +126,25 @@ class Tuning:
     subjects: tuple["Subject", ...]
     fingerprint: Mapping[str, Any]
 
+    def competing(self) -> dict[int, "Subject"]:
+        """The subjects that have something to choose, by their index."""
+        from relax_llm.tuning.survey import is_measured
 
-def _survey(
+        return {
+            index: subject
+            for index, subject in enumerate(self.subjects)
+            if len(subject.candidates) > 1 and not is_measured(subject.problem)
+        }
+
+
+def survey_of(
     checkpoint: str | os.PathLike[str] | Checkpoint | Artifact,
     kernels: Sequence[Kernel],
     architecture: Any,
     deadline: Deadline,
     progress: Progress,
 ) -> Tuning:
+    """The entries of the plan that `compile` would make here, and the kernels that compete for each."""
     with progress.task("Loading the compiler", 1):
         from relax_llm.kernels.checking import check
         from relax_llm.kernels.forms import Realized
@@ -182,28 +193,25 @@ def _entry(
 ) -> Entry:
     from relax_llm.tuning.survey import is_measured
 
-    if found is None:
-        reason = is_measured(subject.problem) if len(subject.candidates) > 1 else "the only kernel that can"
+    if len(subject.candidates) == 1:
+        return unmeasured(subject.entry, "the only kernel that can")
+    reason = is_measured(subject.problem)
+    if reason:
         return unmeasured(subject.entry, reason)
     late = f"not measured: the budget of {budget:g} s was over before enough was known"
-    return decided(subject.entry, found, chosen, limit) or unmeasured(subject.entry, late)
+    measured = decided(subject.entry, found, chosen, limit) if found else None
+    return measured or unmeasured(subject.entry, late)
 
 
 def _measure(
     tuning: Tuning, chosen: Distribution, limit: int, deadline: Deadline, resume: bool, progress: Progress
 ) -> dict[int, Findings]:
     """What was found out about each entry that has something to choose, by its index."""
-    from relax_llm.tuning.survey import is_measured
-
-    competing = {
-        index: subject
-        for index, subject in enumerate(tuning.subjects)
-        if len(subject.candidates) > 1 and not is_measured(subject.problem)
-    }
+    competing = tuning.competing()
     if not competing:
         return {}
-    with progress.task("Compiling kernels", 1):
-        findings = contests(tuning, competing, resume=resume)
+    with progress.task("Compiling kernels", len(competing)) as advance:
+        findings = contests(tuning, competing, deadline, lambda: advance(1), resume=resume)
     steps = max(1, round(10 * max(0.0, deadline.left())))
     with progress.task("Measuring", steps) as advance:
         done = 0
@@ -219,14 +227,23 @@ def _measure(
     return findings
 
 
-def contests(tuning: Tuning, competing: Mapping[int, "Subject"], *, resume: bool) -> dict[int, Findings]:
-    """Compile the candidates of some subjects into one library, ready to be measured."""
+def contests(
+    tuning: Tuning,
+    competing: Mapping[int, "Subject"],
+    deadline: Deadline,
+    compiled: Callable[[], None] = lambda: None,
+    *,
+    resume: bool = True,
+) -> dict[int, Findings]:
+    """Compile the candidates of some subjects, as far as the time allows, ready to be measured."""
     from relax_llm.tuning.arena import Arena
 
-    arena = Arena(tuning.machine, tuple(competing.values()), _ACTIVATIONS)
+    arena = Arena(tuning.machine, tuple(competing.values()), _ACTIVATIONS, deadline, compiled)
     found = {}
     for index, subject in competing.items():
         contest = arena.contest(subject)
+        if contest is None:
+            continue
         path = store_path(tuning.fingerprint, contest.name)
         if not resume:
             path.unlink(missing_ok=True)
