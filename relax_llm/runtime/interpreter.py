@@ -5,7 +5,9 @@ kernels everything may be looked at and changed.
 """
 
 import ctypes
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from threading import Lock
 from typing import Any
 
@@ -15,6 +17,7 @@ from relax_llm import ffi
 from relax_llm.errors import ArtifactError
 from relax_llm.runtime.program import (
     MACHINE,
+    SPECIAL,
     VOID,
     Argument,
     Call,
@@ -23,6 +26,7 @@ from relax_llm.runtime.program import (
     Function,
     Goto,
     If,
+    Instruction,
     Kind,
     Program,
     Return,
@@ -33,10 +37,22 @@ from relax_llm.runtime.vm import VirtualMachine, tensor
 
 _ADDRESS = "relax_llm.address"
 _asking = Lock()  # the name is one for the process
+_Gather = Callable[[list[Any]], Sequence[Any]]
 _CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
 
-Values = tuple[tuple[bool, Any], ...]
-"""For each argument of a call whether it is a register, and that register or the value itself."""
+
+@dataclass(frozen=True)
+class _Decoded:
+    """A function's instructions, made ready.
+
+    Attributes:
+        steps: For each instruction, itself; and for a call what gathers its arguments from the registers, its callee,
+            that one's index in the function table, and the target.
+        values: What calls take that is in no register; they follow the registers.
+    """
+
+    steps: tuple[tuple[Instruction, _Gather | None, Callable[..., Any] | None, int, int], ...]
+    values: tuple[Any, ...]
 
 
 class Interpreter:
@@ -53,7 +69,7 @@ class Interpreter:
         self._context = _Context(machine)
         self._constants = [_value(constant) for constant in self.program.constants]
         self._functions = [self._callable(function) for function in self.program.functions]
-        self._decoded: dict[int, tuple[int, Values]] = {}
+        self._decoded: dict[str, _Decoded] = {}
 
     def start(self, function: str, *arguments: Any) -> "Frame":
         """A call of a function, before its first instruction.
@@ -63,27 +79,36 @@ class Interpreter:
         """
         return Frame(self, self.program.function(function), arguments)
 
-    def values(self, at: int, call: Call) -> Values:
-        """The arguments of the call at an instruction."""
-        known = self._decoded.get(at)
-        if known is None:
-            known = self._decoded[at] = at, tuple(self._argument(argument) for argument in call.arguments)
-        return known[1]
+    def decoded(self, function: Function) -> _Decoded:
+        """The instructions of a function, made ready once."""
+        if function.name not in self._decoded:
+            values: list[Any] = []
+            steps: list[tuple[Instruction, _Gather | None, Callable[..., Any] | None, int, int]] = []
+            for instruction in self.program.instructions[function.start : function.end]:
+                if not isinstance(instruction, Call):
+                    steps.append((instruction, None, None, -1, VOID))
+                    continue
+                places = []
+                for argument in instruction.arguments:
+                    if argument.source is Source.REGISTER and argument.value < SPECIAL:
+                        places.append(argument.value)
+                    else:
+                        places.append(function.registers + len(values))
+                        values.append(self._value(argument))
+                callee = self._functions[instruction.function]
+                steps.append((instruction, _gather(places), callee, instruction.function, instruction.target))
+            self._decoded[function.name] = _Decoded(tuple(steps), tuple(values))
+        return self._decoded[function.name]
 
-    def callee(self, index: int) -> Callable[..., Any]:
-        """A function of the table."""
-        return self._functions[index]
-
-    def _argument(self, argument: Argument) -> tuple[bool, Any]:
+    def _value(self, argument: Argument) -> Any:
+        """What an argument that is in no register is."""
         if argument.source is Source.REGISTER:
-            if argument.value == MACHINE:
-                return False, self._context.address
-            return (False, None) if argument.value == VOID else (True, argument.value)
+            return self._context.address if argument.value == MACHINE else None
         if argument.source is Source.CONSTANT:
-            return False, self._constants[argument.value]
+            return self._constants[argument.value]
         if argument.source is Source.FUNCTION:
-            return False, self._functions[argument.value]
-        return False, argument.value
+            return self._functions[argument.value]
+        return argument.value
 
     def _callable(self, function: Function) -> Callable[..., Any]:
         if function.kind is Kind.PACKED:
@@ -106,8 +131,8 @@ class Frame:
     """One call of a function: its registers, and the instruction that comes next.
 
     Attributes:
-        registers: Values by number; None where there is none.
-        at: Index of the next instruction.
+        registers: Values by number, None where there is none; behind them, what calls take that is in none.
+        at: Index of the next instruction in the function.
         ended: Whether the function has returned.
         result: What it returned.
     """
@@ -118,9 +143,14 @@ class Frame:
             raise ArtifactError(
                 f"{function.name} takes {function.parameters} arguments, and was given {len(arguments)}."
             )
-        self._interpreter = interpreter
-        self.registers: list[Any] = [*arguments, *[None] * (function.registers - len(arguments))]
-        self.at = function.start
+        decoded = interpreter.decoded(function)
+        self._steps = decoded.steps
+        self.registers: list[Any] = [
+            *arguments,
+            *[None] * (function.registers - len(arguments)),
+            *decoded.values,
+        ]
+        self.at = 0
         self.ended = False
         self.result: Any = None
 
@@ -133,44 +163,50 @@ class Frame:
         Returns:
             The call; None when the function has ended.
         """
-        instructions = self._interpreter.program.instructions
+        steps, registers = self._steps, self.registers
         while not self.ended:
-            instruction = instructions[self.at]
-            if isinstance(instruction, Call):
-                if instruction.function in stops:
+            instruction, gather, callee, function, target = steps[self.at]
+            if gather is not None and callee is not None:
+                if function in stops:
+                    assert isinstance(instruction, Call)
                     return instruction
-                self.complete(
-                    instruction,
-                    self._interpreter.callee(instruction.function)(*self.arguments(instruction)),
-                )
+                result = callee(*gather(registers))
+                if target != VOID:
+                    registers[target] = result
+                self.at += 1
             elif isinstance(instruction, Return):
-                self.result = None if instruction.register == VOID else self.registers[instruction.register]
+                self.result = None if instruction.register == VOID else registers[instruction.register]
                 self.ended = True
-                self.registers.clear()
+                registers.clear()
             elif isinstance(instruction, Goto):
                 self.at += instruction.offset
             elif isinstance(instruction, If):
-                self.at += 1 if self.registers[instruction.register] else instruction.otherwise
+                self.at += 1 if registers[instruction.register] else instruction.otherwise
         return None
 
-    def arguments(self, call: Call) -> list[Any]:
+    def arguments(self) -> list[Any]:
         """What the call at the present instruction is given."""
-        registers = self.registers
-        return [
-            registers[value] if register else value
-            for register, value in self._interpreter.values(self.at, call)
-        ]
+        gather = self._steps[self.at][1]
+        return [] if gather is None else list(gather(self.registers))
 
-    def complete(self, call: Call, result: Any) -> None:
-        """Go on behind a call that has been made, with its result."""
-        if call.target != VOID:
-            self.registers[call.target] = result
+    def complete(self) -> None:
+        """Go on behind a call that has been made from outside, and has no result."""
         self.at += 1
 
     def finish(self) -> Any:
         """Execute everything that is left."""
         self.run_to(())
         return self.result
+
+
+def _gather(places: list[int]) -> _Gather:
+    """What gives the values at some places of a list, as quickly as Python can."""
+    if not places:
+        return lambda registers: ()
+    if len(places) == 1:
+        (place,) = places
+        return lambda registers: (registers[place],)
+    return itemgetter(*places)
 
 
 class _Context:

@@ -241,10 +241,10 @@ class Launch:
         if index is None and not self._steps.knowledge.own and isinstance(self._where, Place):
             index = self._index
         if index is None:
-            self._steps.kernel(self.symbol)(*self._arguments)
+            self._steps.launch(self.symbol, self._arguments)
         else:
             with choosing(index):
-                self._steps.kernel(self.symbol + OPEN)(*self._arguments)
+                self._steps.launch(self.symbol + OPEN, self._arguments)
 
     def _replace(self, replacement: Replacement) -> None:
         if isinstance(replacement, str):

@@ -70,6 +70,7 @@ class Steps:
         self._finish = finish
         self._next = 0
         self._result: Array | None = None
+        self._kernels: dict[str, Callable[..., Any]] = {}
         self._replacements: list[tuple[str, str, Replacement]] = []
         table = enumerate(interpreter.program.functions)
         self._stops = frozenset(index for index, function in table if function.name in knowledge.kernels)
@@ -97,7 +98,7 @@ class Steps:
             if not self.current.done:
                 self.current.run()
             self.current = None
-            self._frame.complete(self._call, None)
+            self._frame.complete()
         with self._lock:
             self._call = self._frame.run_to(self._stops)
         if self._call is None:
@@ -106,7 +107,7 @@ class Steps:
             result, self._frame = self._frame.result, None
             self._result = self._finish(result)
             raise StopIteration
-        arguments = self._frame.arguments(self._call)
+        arguments = self._frame.arguments()
         if not self._is_next(self._call, arguments):
             raise self._differs()
         self.current = Launch(self, self._next, arguments)
@@ -213,15 +214,13 @@ class Steps:
         """What chooses the kernel of a launch."""
         return self._rules[index]
 
-    def kernel(self, symbol: str) -> Callable[..., Any]:
-        """A function of the library, while nothing else of the runner runs."""
-        function = self._interpreter.machine.kernel(symbol)
-
-        def alone(*arguments: Any) -> None:
-            with self._lock:
-                function(*arguments)
-
-        return alone
+    def launch(self, symbol: str, arguments: list[Any]) -> None:
+        """Call a kernel of the library while nothing else of the runner runs."""
+        function = self._kernels.get(symbol)
+        if function is None:
+            function = self._kernels[symbol] = self._interpreter.machine.kernel(symbol)
+        with self._lock:
+            function(*arguments)
 
     def replacement(self, launch: Launch) -> Replacement | None:
         """What computes a launch in place of its kernel."""
