@@ -4,6 +4,7 @@ Python loops unroll, `T.serial` loops stay loops, and vectors are `LANES` wide u
 built here is fully scheduled; no later pass changes its loops.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -67,6 +68,15 @@ def local(shape: Sequence[int], dtype: str = "float32") -> Expr:
     return T.alloc_buffer(tuple(shape), dtype, scope="local", annotations={"disable_lower_builtin": True})
 
 
+def scratch(shape: Sequence[int], dtype: str = "float32") -> Expr:
+    """Memory of one task, from TVM's pool: for what is too large for a stack, at some tens of nanoseconds.
+
+    It is used through a view: TVM would otherwise cut a buffer down to what it believes is accessed, and fails at
+    indices that are computed.
+    """
+    return view(T.alloc_buffer((math.prod(shape),), dtype), shape, dtype)
+
+
 class Registers:
     """A tile of f32 vectors that live in registers, `rows` by the given vectors, each a variable of its own."""
 
@@ -95,15 +105,15 @@ class Registers:
         for row, index, _, lanes in self:
             self.set(row, index, splat(0.0, lanes))
 
-    def load(self, matrix: Expr, at: Expr) -> None:
-        """Take the values of a matrix's rows from `at` on."""
+    def load(self, buffer: Expr, *at: Expr) -> None:
+        """Take the values of a matrix, or of one of several, whose first row is the last of the indices `at`."""
         for row, index, column, lanes in self:
-            self.set(row, index, load(matrix, at + row, column, lanes=lanes))
+            self.set(row, index, load(buffer, *at[:-1], at[-1] + row, column, lanes=lanes))
 
-    def store(self, matrix: Expr, at: Expr) -> None:
-        """Write into a matrix's rows from `at` on."""
+    def store(self, buffer: Expr, *at: Expr) -> None:
+        """Write where `load` reads."""
         for row, index, column, lanes in self:
-            store(matrix, self.get(row, index), at + row, column, lanes=lanes)
+            store(buffer, self.get(row, index), *at[:-1], at[-1] + row, column, lanes=lanes)
 
 
 def let(name: str, value: Expr) -> Expr:

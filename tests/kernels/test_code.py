@@ -18,7 +18,7 @@ from relax_llm.kernels.library import build
 from relax_llm.kernels.lookup import Embedding, LastToken
 from relax_llm.kernels.machine import machine
 from relax_llm.kernels.matmul import Matmul
-from relax_llm.kernels.matmul.micro import UNROLL, tile_for
+from relax_llm.kernels.matmul.shape import UNROLL, tile_for
 from relax_llm.kernels.norm import Norm
 from relax_llm.kernels.positions import Positions, RopeTable
 from relax_llm.kernels.problem import ATTRIBUTE, Problem, problem_of

@@ -3,8 +3,11 @@
 from collections.abc import Callable
 
 from relax_llm.kernels.machine import Machine
+from relax_llm.kernels.matmul.blocked import blocked
+from relax_llm.kernels.matmul.cost import blocked_cost, tiled_cost
 from relax_llm.kernels.matmul.plain import plain_panels, plain_rows
 from relax_llm.kernels.matmul.problem import Matmul
+from relax_llm.kernels.matmul.shape import first_blocked
 from relax_llm.kernels.matmul.tiled import tiled
 from relax_llm.plan.kernel import Kernel
 from relax_llm.plan.sizes import Box
@@ -27,6 +30,17 @@ def matmul_kernels(machine: Machine) -> list[Kernel]:
             make(lambda p, m: tiled(p, m, flat=True)),
             layout="tiled",
             absorbs=_ALL,
+            cost=tiled_cost(machine),
+        ),
+        Kernel(
+            "blocked",
+            "matmul",
+            "primfunc",
+            make(blocked),
+            sizes=Box.of(M=(first_blocked(machine), None)),
+            layout="tiled",
+            absorbs=_ALL,
+            cost=blocked_cost(machine),
         ),
         Kernel("plain_rows", "matmul", "primfunc", make(plain_rows), sizes=Box.of(M=(1, _FEW_ROWS))),
         Kernel(

@@ -12,35 +12,13 @@ from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.layout import Tiled
 from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.matmul.problem import Matmul
+from relax_llm.kernels.matmul.shape import UNROLL, Tile, layout_for, tile_for
 from relax_llm.kernels.vectormath import ACTIVATIONS
-
-UNROLL = 4
-"""Steps of the reduction in one turn of a micro-kernel's loop."""
 
 _LINE = 16
 """f32 in a cache line."""
 
 _STREAMS = 2  # what the prefetcher of a core is made to follow at once; see `Prefetch`
-
-
-@dataclass(frozen=True)
-class Tile:
-    """The register tile of a micro-kernel: `rows` of x by `cols` outputs, all held in vector registers."""
-
-    rows: int
-    cols: int
-
-
-def tile_for(machine: Machine) -> Tile:
-    """The tile that fills this machine's registers, but for the operands of two steps of the reduction."""
-    held = machine.vector_registers * machine.vector_bits // (32 * LANES)
-    cols = 32 if held >= 8 else 16
-    return Tile(max(1, held * 13 // 16 * LANES // cols), cols)
-
-
-def layout_for(problem: Matmul, machine: Machine) -> Tiled:
-    """The weight layout of this machine's kernels."""
-    return Tiled(tile_for(machine).cols, problem.gated)
 
 
 @dataclass(frozen=True)
@@ -145,22 +123,17 @@ class Prefetch:
                     if u == (line * _STREAMS + stream) * UNROLL // lines:
                         ask(stream, at * apart + line * _LINE)
 
-        if rows < alone_up_to(tile) // 2 + 1:
+        if rows <= tile.alone // 2:
             alone()
-        elif rows > alone_up_to(tile):
+        elif rows > tile.alone:
             shared()
         else:
             b.either(self.tiles == 1, alone, shared)
 
 
-def alone_up_to(tile: Tile) -> int:
-    """The most rows that are one tile; those up to a full tile are two, so that each has less to prefetch."""
-    return -(-tile.rows // 2)
-
-
 def tiles_for(tile: Tile, m: Expr) -> Expr:
     """How many tiles M rows are cut into."""
-    full, alone = tile.rows, alone_up_to(tile)
+    full, alone = tile.rows, tile.alone
     return T.max((m + (full - 1)) // full, T.min(T.int64(2), (m + (alone - 1)) // alone))
 
 
@@ -199,13 +172,15 @@ def micro_kernel(
                 step(steps + u)
 
 
-def write(operands: Operands, sums: Expr, at: Expr, height: Expr, first: Expr, panel: Expr) -> None:
+def write(
+    operands: Operands, sums: Expr, at: tuple[Expr, ...], height: Expr, first: Expr, panel: Expr
+) -> None:
     """Apply the epilogue to a tile of sums, and write it.
 
     Args:
         operands: The arguments.
-        sums: [rows, cols].
-        at: The tile's first row in `sums`.
+        sums: [rows, cols], or several such.
+        at: The indices of the tile's first row in `sums`.
         height: Its rows.
         first: Its first row in the result.
         panel: The panel of its columns.
@@ -216,7 +191,7 @@ def write(operands: Operands, sums: Expr, at: Expr, height: Expr, first: Expr, p
         column = b.let("column", panel * per_panel + offset)
 
         def reduced(start: int, bias_start: Expr) -> Expr:
-            value = b.load(sums, at + row, start, lanes=lanes)
+            value = b.load(sums, *at[:-1], at[-1] + row, start, lanes=lanes)
             return value if operands.bias is None else value + b.load(operands.bias, bias_start, lanes=lanes)
 
         value = b.let("value", reduced(offset, column))
@@ -239,9 +214,3 @@ def write(operands: Operands, sums: Expr, at: Expr, height: Expr, first: Expr, p
         b.either(panel < full, lambda: rows(per_panel), lambda: rows(rest))
     else:
         rows(per_panel)
-
-
-def parts(k: int, most: int) -> int:
-    """Steps of each part of the reduction: at most `most`, all alike but the last, and whole turns of the loop."""
-    count = -(-k // most)
-    return -(-k // (count * UNROLL)) * UNROLL

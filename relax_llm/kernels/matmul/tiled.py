@@ -7,19 +7,9 @@ from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.layout import Layout, Plain
 from relax_llm.kernels.machine import Machine
-from relax_llm.kernels.matmul.micro import (
-    UNROLL,
-    Operands,
-    Prefetch,
-    Tile,
-    layout_for,
-    micro_kernel,
-    parts,
-    tile_for,
-    tiles_for,
-    write,
-)
+from relax_llm.kernels.matmul.micro import Operands, Prefetch, micro_kernel, tiles_for, write
 from relax_llm.kernels.matmul.problem import Matmul
+from relax_llm.kernels.matmul.shape import UNROLL, Tile, layout_for, tile_for, tiled_blocking
 from relax_llm.kernels.problem import tag
 
 __all__ = ["Tile", "layout_for", "layout_named", "tile_for", "tiled"]
@@ -50,10 +40,9 @@ def tiled(problem: Matmul, machine: Machine, *, flat: bool = False) -> PrimFunc:
 
     The weight argument has the shape of `layout_for(problem, machine)`; x is [batch, seq, K], or [M, K] where `flat`.
     """
-    k, tile = problem.k, tile_for(machine)
-    steps = parts(k, _STEPS)
-    count, rest = -(-k // steps), k % UNROLL
-    most = max(4, min(_TILES, _BLOCK // (k * tile.rows)))
+    blocking = tiled_blocking(problem, machine)
+    k, tile, steps, most = problem.k, blocking.tile, blocking.steps, blocking.tiles
+    count, rest = blocking.parts, problem.k % UNROLL
 
     def emit() -> None:
         operands = Operands.declare(problem, machine, flat=flat)
@@ -99,7 +88,7 @@ def tiled(problem: Matmul, machine: Machine, *, flat: bool = False) -> PrimFunc:
                     with b.when(height == rows):
                         work(rows, part, i, first, at)
                 with b.when(part == count - 1):
-                    write(operands, sums, at, height, first, panel)
+                    write(operands, sums, (at,), height, first, panel)
 
         b.tasks(blocks * operands.panels, task, name="panel")
 

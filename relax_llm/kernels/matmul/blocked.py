@@ -1,0 +1,109 @@
+"""The product for many rows: blocks of x are copied next to each other, and used by many panels before the next."""
+
+from tvm.tirx import PrimFunc
+from tvm.tirx.script.builder import ir as T
+
+from relax_llm.kernels import builder as b
+from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.machine import LANES, Machine
+from relax_llm.kernels.matmul.micro import Operands, Prefetch, micro_kernel, tiles_for, write
+from relax_llm.kernels.matmul.problem import Matmul
+from relax_llm.kernels.matmul.shape import UNROLL, blocked_blocking
+
+
+def blocked(problem: Matmul, machine: Machine) -> PrimFunc:
+    """The product over a packed weight for more rows than a tile has, x [M, K].
+
+    A task owns a block of rows and a group of panels. For each part of the reduction it copies the block's piece of x
+    to memory of its own, where rows lie an odd number of cache lines apart: in x itself they are often a multiple of a
+    page apart, and compete for a few places of the first-level cache. The piece stays in the second-level cache for
+    all panels of the group, and each part of a panel for all rows of the block. Sums are carried from one part to the
+    next; every output is summed over k in ascending order, as in `tiled`, and so the results are the same.
+    """
+    blocking = blocked_blocking(problem, machine)
+    k, tile, steps, most = problem.k, blocking.tile, blocking.steps, blocking.tiles
+    count, rest = blocking.parts, problem.k % UNROLL
+    wide = steps + LANES if (steps // LANES) % 2 == 0 else steps
+    wide += -wide % LANES
+
+    def emit() -> None:
+        operands = Operands.declare(problem, machine, flat=True)
+        m, x, weight, panels = operands.m, operands.x, operands.weight, operands.panels
+        elements = b.view(weight, (panels * k * tile.cols,))
+        tiles = b.let("tiles", tiles_for(tile, m))
+        blocks = b.let("blocks", (tiles + (most - 1)) // most)
+        groups = blocking.groups(panels)
+        widest = -(-panels // groups)
+
+        def task(index: Expr) -> None:
+            block, group = b.let("block", index // groups), b.let("group", index % groups)
+            start = b.let("start", tiles * block // blocks)
+            own = b.let("own", tiles * (block + 1) // blocks - start)
+            top = b.let("top", m * start // tiles)
+            height_all = b.let("rows", m * (start + own) // tiles - top)
+            first_panel = b.let("first_panel", group * panels // groups)
+            after = b.let("after", (group + 1) * panels // groups)
+            piece = b.scratch((most * tile.rows, wide))
+            sums = b.scratch((widest if count > 1 else 1, most * tile.rows, tile.cols))
+
+            with T.serial(count) as part:
+                begin = b.let("begin", part * steps)
+                length = b.let("length", T.min(T.int64(steps), k - begin))
+                whole = b.let("whole", T.min(T.int64(steps), k - rest - begin))
+                with T.serial(height_all) as row:
+                    with T.serial(length // LANES) as at:
+                        b.store(piece, b.load(x, top + row, begin + at * LANES), row, at * LANES)
+                    if k % LANES or steps % LANES:
+                        with T.serial(length % LANES) as at:
+                            b.put(
+                                piece,
+                                x[top + row, begin + length // LANES * LANES + at],
+                                row,
+                                length // LANES * LANES + at,
+                            )
+
+                with T.serial(after - first_panel) as slot:
+                    panel = b.let("panel", first_panel + slot)
+                    # What is worked on next: this part of the next panel, or the next part of the first one.
+                    following = b.let(
+                        "following",
+                        T.if_then_else(
+                            panel + 1 < after,
+                            (panel + 1) * k + begin,
+                            first_panel * k + begin + steps,
+                        )
+                        * tile.cols,
+                    )
+                    place = b.let("place", slot if count > 1 else slot * 0)
+                    with T.serial(own) as i:
+                        first = b.let("first", m * (start + i) // tiles)
+                        height = b.let("height", m * (start + i + 1) // tiles - first)
+                        at = b.let("at", first - top)
+
+                        def work(rows: int) -> None:
+                            acc = b.Registers(rows, b.chunks(tile.cols))
+                            if count > 1:
+                                b.either(part == 0, acc.clear, lambda: acc.load(sums, place, at))
+                            else:
+                                acc.clear()
+                            prefetch = Prefetch(elements, following, steps, own, i)
+                            micro_kernel(
+                                acc,
+                                lambda row, at_k: piece[at + row, at_k],
+                                lambda at_k, column: b.load(weight, panel, begin + at_k, column),
+                                whole,
+                                lambda turn, u: prefetch.emit(turn, u, tile, tile.rows),
+                                rest,
+                                None if count == 1 else part == count - 1,
+                            )
+                            acc.store(sums, place, at)
+
+                        for rows in range(tile.least, tile.rows + 1):
+                            with b.when(height == rows):
+                                work(rows)
+                        with b.when(part == count - 1):
+                            write(operands, sums, (place, at), height, first, panel)
+
+        b.tasks(blocks * groups, task, name="piece")
+
+    return b.prim_func(f"blocked__{problem.name}", emit)

@@ -1,0 +1,79 @@
+"""How long the kernels over a packed weight take, as far as can be told without measuring.
+
+Two times are set against each other: multiply-adds at the speed of the registers, and the weight's bytes at the speed
+of memory. Prefetching hides most of the smaller behind the larger. To that come what each tile costs beside its
+multiply-adds, x where it is too large for the second-level cache, and copying in `blocked`.
+
+The constants describe one core of a server (AVX-512, 2 MB of second-level cache); `python -m benchmarks.kernels` prints
+what they predict beside what it measures. Only comparisons between kernels matter, so that constants which are wrong
+for all kernels alike do no harm. `relax-llm tune` measures instead.
+"""
+
+from collections.abc import Callable, Mapping
+
+from relax_llm import cpu
+from relax_llm.kernels.layout import Tiled
+from relax_llm.kernels.machine import Machine
+from relax_llm.kernels.matmul.problem import Matmul
+from relax_llm.kernels.matmul.shape import Blocking, blocked_blocking, tile_for, tiled_blocking
+
+_HERTZ = 3.5e9
+_PORTS = 2  # multiply-adds of a vector that begin in a cycle
+_MEMORY = 16e9  # bytes a second that a core reads
+_CACHE = 30e9  # bytes a second from the last-level cache, where nothing was asked for ahead
+_COPY = 12e9  # bytes of x a second that `blocked` copies
+_HIDDEN = 0.6  # of the smaller of two times, behind the larger
+_TILE = 120 / _HERTZ  # seconds that a tile takes beside its multiply-adds
+_LAUNCH = 2e-6
+_SECOND_LEVEL = 1 << 20  # bytes of x that stay in the second-level cache beside the weight
+
+Cost = Callable[[Matmul, Mapping[str, int]], float]
+
+
+def tiled_cost(machine: Machine) -> Cost:
+    """Seconds of a launch of `tiled`."""
+
+    def cost(problem: Matmul, sizes: Mapping[str, int]) -> float:
+        m = sizes["M"]
+        blocking = tiled_blocking(problem, machine)
+        tasks = blocking.blocks(m) * _panels(problem, machine)
+        rows = min(m, blocking.tiles * blocking.tile.rows)
+        again = 4 * m * problem.k * (_panels(problem, machine) - 1)  # bytes of x that every panel reads anew
+        streamed = again / _CACHE * (1 - _HIDDEN) if 4 * rows * problem.k > _SECOND_LEVEL else 0.0
+        return _seconds(problem, machine, m, blocking, tasks, streamed)
+
+    return cost
+
+
+def blocked_cost(machine: Machine) -> Cost:
+    """Seconds of a launch of `blocked`."""
+
+    def cost(problem: Matmul, sizes: Mapping[str, int]) -> float:
+        m = sizes["M"]
+        blocking = blocked_blocking(problem, machine)
+        groups = blocking.groups(_panels(problem, machine))
+        copied = 4 * m * problem.k * groups / _COPY
+        return _seconds(problem, machine, m, blocking, blocking.blocks(m) * groups, copied)
+
+    return cost
+
+
+def _panels(problem: Matmul, machine: Machine) -> int:
+    return Tiled(tile_for(machine).cols, problem.gated).panels(problem.n)
+
+
+def _seconds(problem: Matmul, machine: Machine, m: int, blocking: Blocking, tasks: int, more: float) -> float:
+    tile, panels = blocking.tile, _panels(problem, machine)
+    tiles = blocking.count(m)
+    lanes = machine.vector_bits // 32
+    products = panels * problem.k * m * (tile.cols // lanes) / (_PORTS * _HERTZ)
+    latency = (
+        panels * problem.k * tiles * 4 / _HERTZ
+    )  # a step cannot begin before the one before it is through
+    compute = max(products, latency) + panels * tiles * blocking.parts * _TILE
+    blocks = blocking.blocks(m)
+    memory = 4 * problem.n * problem.k * blocks / _MEMORY
+    alone = max(compute, memory) + (1 - _HIDDEN) * min(compute, memory) + more
+    cores = max(1, cpu.cores())
+    busy = tasks / -(-tasks // cores)  # cores that have work to the end
+    return _LAUNCH + alone / busy
