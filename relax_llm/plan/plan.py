@@ -146,17 +146,18 @@ class Plan:
             raise PlanError(f"The site {site!r} has the operators {known}; name one of them.")
         return chosen[0]
 
-    def explain(self, site: str, **sizes: int) -> str:
+    def explain(self, site: str, *, operator: str | None = None, **sizes: int) -> str:
         """Say which kernel serves a site, and why; at one size, or at all.
 
         Args:
             site: A place in the model, such as "layers.3.mlp.down_proj".
+            operator: Which of the operators there; by default all.
             sizes: Sizes to ask for: M (rows of activations, batch * seq) for a matmul; seq and kv_len for attention.
 
         Raises:
-            PlanError: No site has this name, or a size is not positive or not one of the site's.
+            PlanError: No site has this name or operator, or a size is not positive or not one of the site's.
         """
-        entries = self.all_at(site)
+        entries = self.all_at(site) if operator is None else [self.at(site, operator)]
         for name, value in sizes.items():
             if value < 1:
                 raise PlanError(f"{name} must be at least 1, not {value}.")
