@@ -1,0 +1,178 @@
+// Runs an artifact of relax_llm without Python: TVM's runtime library, the headers of its FFI, the C++17 library.
+//
+//     host ARTIFACT NEW_TOKENS TOKEN_ID...
+//
+// evaluates the token ids in one call of `prefill`, continues greedily with one call of `decode` for each token, and
+// prints the new token ids. How the functions are called, and how the caches lie in memory, is in
+// docs/ahead-of-time.md.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "artifact.h"
+
+namespace {
+
+constexpr int64_t kTile = 16;     // positions in a tile of a cache
+constexpr int64_t kGranule = 64;  // capacities are multiples of this
+
+int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// The keys and values of one sequence in every layer: tensors that grow as tokens come.
+//
+// keys   [1, kv_heads, tiles, head_dim, kTile]
+// values [1, kv_heads, tiles, kTile, head_dim]
+class Caches {
+ public:
+  Caches(std::vector<Cache> layers, int64_t context_length)
+      : layers_(std::move(layers)), context_length_(context_length) {}
+
+  int64_t length() const { return length_; }
+
+  // The argument of the compiled functions, with room for `count` more tokens.
+  const ffi::Array<ffi::Tensor>& Reserve(int64_t count) {
+    int64_t needed = length_ + count;
+    if (needed > context_length_) {
+      throw std::runtime_error(std::to_string(needed) + " tokens do not fit the model's context of " +
+                               std::to_string(context_length_) + "; ask for fewer.");
+    }
+    if (needed > capacity_) {
+      int64_t limit = RoundUp(context_length_, kGranule);
+      Grow(std::min(std::max(RoundUp(needed, kGranule), 2 * capacity_), limit));
+    }
+    return tensors_;
+  }
+
+  void Advance(int64_t count) { length_ += count; }
+
+ private:
+  void Grow(int64_t capacity) {
+    ffi::Array<ffi::Tensor> grown;
+    int64_t tiles = capacity / kTile, used = RoundUp(length_, kTile) / kTile, before = capacity_ / kTile;
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      const Cache& layer = layers_[i];
+      for (int which = 0; which < 2; ++which) {
+        int64_t rows = which == 0 ? layer.head_dim : kTile, columns = which == 0 ? kTile : layer.head_dim;
+        ffi::Tensor tensor = NewTensor({1, layer.kv_heads, tiles, rows, columns}, "float32");
+        if (used > 0) {
+          const float* from = static_cast<const float*>(tensors_[2 * i + which].data_ptr());
+          float* to = static_cast<float*>(tensor.data_ptr());
+          for (int64_t head = 0; head < layer.kv_heads; ++head) {
+            std::copy_n(from + head * before * rows * columns, used * rows * columns, to + head * tiles * rows * columns);
+          }
+        }
+        grown.push_back(tensor);
+      }
+    }
+    tensors_ = grown;
+    capacity_ = capacity;
+  }
+
+  std::vector<Cache> layers_;
+  int64_t context_length_;
+  int64_t length_ = 0;
+  int64_t capacity_ = 0;
+  ffi::Array<ffi::Tensor> tensors_;
+};
+
+class Model {
+ public:
+  explicit Model(const Artifact& artifact)
+      : vocab_size_(artifact.vocab_size),
+        caches_(artifact.caches, artifact.context_length),
+        weights_(artifact.weights),
+        library_(ffi::Module::LoadFromFile(artifact.library)),
+        machine_(Function(library_, "vm_load_executable")().cast<ffi::Module>()) {
+    constexpr int kCPU = 1, kPooled = 2;
+    Function(machine_, "vm_initialization")(kCPU, 0, kPooled);
+    prefill_ = Function(machine_, "prefill");
+    decode_ = Function(machine_, "decode");
+  }
+
+  // Appends tokens and gives the likeliest one to follow.
+  int32_t Next(const std::vector<int32_t>& ids) {
+    int64_t count = static_cast<int64_t>(ids.size());
+    for (int32_t id : ids) {
+      if (id < 0 || id >= vocab_size_) {
+        throw std::runtime_error("Token id " + std::to_string(id) + " is outside the vocabulary of " +
+                                 std::to_string(vocab_size_) + ".");
+      }
+    }
+    const ffi::Array<ffi::Tensor>& caches = caches_.Reserve(count);
+    ffi::Tensor token_ids = NewTensor({1, count}, "int32");
+    std::copy(ids.begin(), ids.end(), static_cast<int32_t*>(token_ids.data_ptr()));
+    ffi::Shape kv_len({caches_.length() + count});
+    const ffi::Function& function = count == 1 ? decode_ : prefill_;
+    ffi::Tensor logits = function(token_ids, kv_len, caches, weights_).cast<ffi::Tensor>();  // [1, 1, vocab]
+    caches_.Advance(count);
+    const float* first = static_cast<const float*>(logits.data_ptr());
+    return static_cast<int32_t>(std::max_element(first, first + vocab_size_) - first);
+  }
+
+ private:
+  static ffi::Function Function(const ffi::Module& module, const char* name) {
+    ffi::Optional<ffi::Function> found = module->GetFunction(name, /*query_imports=*/true);
+    if (!found.has_value()) {
+      throw std::runtime_error(std::string("The library has no function ") + name + "; compile the artifact again.");
+    }
+    return found.value();
+  }
+
+  int64_t vocab_size_;
+  Caches caches_;
+  ffi::Array<ffi::Tensor> weights_;
+  ffi::Module library_, machine_;
+  ffi::Function prefill_, decode_;
+};
+
+int64_t Number(const char* text, const char* what) {
+  char* end = nullptr;
+  long long value = std::strtoll(text, &end, 10);
+  if (end == text || *end != '\0' || value < 0 || value > INT32_MAX) {
+    throw std::runtime_error(std::string(what) + " must be a whole number, not '" + text + "'.");
+  }
+  return value;
+}
+
+int Run(int argc, char** argv) {
+  if (argc < 4) {
+    throw std::runtime_error("Usage: host ARTIFACT NEW_TOKENS TOKEN_ID...");
+  }
+  int64_t new_tokens = Number(argv[2], "NEW_TOKENS");
+  std::vector<int32_t> ids;
+  for (int i = 3; i < argc; ++i) {
+    ids.push_back(static_cast<int32_t>(Number(argv[i], "A token id")));
+  }
+  // Read once, when the first kernel runs. Threads that are bound to cores wait for ever on a busy machine.
+  setenv("TVM_NUM_THREADS", std::to_string(std::max(1u, std::thread::hardware_concurrency())).c_str(), 0);
+  setenv("TVM_BIND_THREADS", "0", 0);
+  Artifact artifact(argv[1]);
+  Model model(artifact);
+  for (int64_t i = 0; i < new_tokens; ++i) {
+    ids = {model.Next(ids)};
+    std::printf("%d%s", ids[0], i + 1 < new_tokens ? " " : "\n");
+    std::fflush(stdout);
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return Run(argc, argv);
+  } catch (const ffi::Error& error) {
+    std::fprintf(stderr, "%s\n", error.message().c_str());
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+  }
+  return 1;
+}
