@@ -154,6 +154,7 @@ class RelaxLLM:
         from relax_llm.kernels.matmul.tiled import layout_for
 
         here, problem = machine(), Matmul(shape.n, shape.k)
+        self._problem = problem
         self._dlpack = tvm_ffi.from_dlpack
         self._packed = layout_for(problem, here).shape(shape.n, shape.k)
         self._kernels = {kernel.name: kernel for kernel in matmul_kernels(here) if kernel.layout == "tiled"}
@@ -173,6 +174,13 @@ class RelaxLLM:
         at = [self._dlpack(self._as_packed(weight)) for weight in weights]
         xt, ot = self._dlpack(x), self._dlpack(out)
         return lambda w: function(xt, at[w], ot)
+
+    def planned(self, m: int) -> str:
+        """The kernel that costs choose."""
+        from relax_llm.plan.choosing import cover
+
+        ranges = cover(list(self._kernels.values()), self._problem, ("M",))
+        return next(part.kernel for part in ranges if {"M": m} in part.sizes)
 
     def _as_packed(self, weight: Array) -> Array:
         """The memory of a weight, and what follows it, as a packed one: the values are random in any case."""
@@ -219,6 +227,10 @@ class Worker:
         answer: float | None = self._ask("seconds", kernel, m, budget)
         return answer
 
+    def planned(self, m: int) -> str:
+        """The kernel that this project's costs choose for M rows."""
+        return str(self._ask("planned", m))
+
     def _ask(self, *request: object) -> Any:
         self._connection.send(request)
         answer = self._connection.recv()
@@ -260,6 +272,9 @@ class _Server:
         ]
         self._bound, self._next = {}, 0
         return self._product.names
+
+    def planned(self, m: int) -> str:
+        return str(self._product.planned(m))  # type: ignore[attr-defined]
 
     def seconds(self, kernel: str, m: int, budget: float) -> float | None:
         call = self._call(kernel, m)

@@ -21,9 +21,12 @@ _HERTZ = 3.5e9
 _PORTS = 2  # multiply-adds of a vector that begin in a cycle
 _MEMORY = 16e9  # bytes a second that a core reads
 _CACHE = 30e9  # bytes a second from the last-level cache, where nothing was asked for ahead
-_COPY = 12e9  # bytes of x a second that `blocked` copies
-_HIDDEN = 0.6  # of the smaller of two times, behind the larger
-_TILE = 120 / _HERTZ  # seconds that a tile takes beside its multiply-adds
+_COPY = 60e9  # bytes of x a second that `blocked` copies
+_HIDDEN = {
+    "tiled": 0.6,
+    "blocked": 0.4,
+}  # of the smaller of two times, behind the larger: parts are longer in `blocked`
+_TILE = 400 / _HERTZ  # seconds that a tile takes in each part of the reduction beside its multiply-adds
 _LAUNCH = 2e-6
 _SECOND_LEVEL = 1 << 20  # bytes of x that stay in the second-level cache beside the weight
 
@@ -39,8 +42,8 @@ def tiled_cost(machine: Machine) -> Cost:
         tasks = blocking.blocks(m) * _panels(problem, machine)
         rows = min(m, blocking.tiles * blocking.tile.rows)
         again = 4 * m * problem.k * (_panels(problem, machine) - 1)  # bytes of x that every panel reads anew
-        streamed = again / _CACHE * (1 - _HIDDEN) if 4 * rows * problem.k > _SECOND_LEVEL else 0.0
-        return _seconds(problem, machine, m, blocking, tasks, streamed)
+        streamed = again / _CACHE * (1 - _HIDDEN["tiled"]) if 4 * rows * problem.k > _SECOND_LEVEL else 0.0
+        return _seconds(problem, machine, m, blocking, tasks, _HIDDEN["tiled"], streamed)
 
     return cost
 
@@ -53,7 +56,9 @@ def blocked_cost(machine: Machine) -> Cost:
         blocking = blocked_blocking(problem, machine)
         groups = blocking.groups(_panels(problem, machine))
         copied = 4 * m * problem.k * groups / _COPY
-        return _seconds(problem, machine, m, blocking, blocking.blocks(m) * groups, copied)
+        return _seconds(
+            problem, machine, m, blocking, blocking.blocks(m) * groups, _HIDDEN["blocked"], copied
+        )
 
     return cost
 
@@ -62,7 +67,9 @@ def _panels(problem: Matmul, machine: Machine) -> int:
     return Tiled(tile_for(machine).cols, problem.gated).panels(problem.n)
 
 
-def _seconds(problem: Matmul, machine: Machine, m: int, blocking: Blocking, tasks: int, more: float) -> float:
+def _seconds(
+    problem: Matmul, machine: Machine, m: int, blocking: Blocking, tasks: int, hidden: float, more: float
+) -> float:
     tile, panels = blocking.tile, _panels(problem, machine)
     tiles = blocking.count(m)
     lanes = machine.vector_bits // 32
@@ -73,7 +80,7 @@ def _seconds(problem: Matmul, machine: Machine, m: int, blocking: Blocking, task
     compute = max(products, latency) + panels * tiles * blocking.parts * _TILE
     blocks = blocking.blocks(m)
     memory = 4 * problem.n * problem.k * blocks / _MEMORY
-    alone = max(compute, memory) + (1 - _HIDDEN) * min(compute, memory) + more
+    alone = max(compute, memory) + (1 - hidden) * min(compute, memory) + more
     cores = max(1, cpu.cores())
     busy = tasks / -(-tasks // cores)  # cores that have work to the end
     return _LAUNCH + alone / busy
