@@ -86,7 +86,7 @@ class Entry:
     axes: tuple[str, ...]
     ranges: tuple[Range, ...]
     candidates: tuple[Candidate, ...] = ()
-    measurements: tuple[Measurement, ...] = ()
+    measurements: tuple[Measurement, ...] = field(default=(), hash=False)  # their sizes are mappings
 
     def __post_init__(self) -> None:
         check_total(self.problem, self.axes, ((part.sizes, part.kernel) for part in self.ranges))
