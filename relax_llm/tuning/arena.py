@@ -114,7 +114,8 @@ class Arena:
             )
             for realized in subject.candidates
         )
-        name = f"{subject.problem.name} over {self._weights.size} bytes of weights"
+        # A little more or less memory to read from changes nothing: measurements are kept under its order of magnitude.
+        name = f"{subject.problem.name} over 2**{self._weights.size.bit_length()} bytes of weights"
         largest = _LARGEST
         while largest > 1 and arguments(largest).nbytes > self._activations.size:
             largest //= 2
