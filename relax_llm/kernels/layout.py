@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -75,14 +76,63 @@ class Tiled:
         return packed
 
 
-Layout = Plain | Tiled | UserLayout
+@dataclass(frozen=True)
+class TiledPairs:
+    """`Tiled` in bf16, with neighbours along K side by side: [ceil(N / cols), ceil(K / 2), cols, 2].
+
+    One load gives two steps of the reduction for half as many outputs: the first of a pair is widened to f32 by a
+    shift, the second by a mask, and where a processor multiplies pairs they are its operands as they are. Elements are
+    the bits of bf16 as uint16; the last pair of an odd K is filled up with zeros.
+
+    Attributes:
+        cols: Outputs in a panel.
+        gated: As in `Tiled`.
+    """
+
+    cols: int
+    gated: bool = False
+    dtype: ClassVar[str] = "uint16"
+
+    @property
+    def name(self) -> str:
+        """The name that recipes and manifests use."""
+        return f"tiled{self.cols}_bf16" + ("_gated" if self.gated else "")
+
+    def panels(self, n: int) -> int:
+        """How many panels hold a matrix of n outputs."""
+        return -(-n // self.cols)
+
+    def shape(self, n: int, k: int) -> tuple[int, int, int, int]:
+        """Shape of the packed matrix of n outputs over k inputs."""
+        return self.panels(n), -(-k // 2), self.cols, 2
+
+    def pack(self, weight: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        """Pack a matrix.
+
+        Args:
+            weight: [N, K], bf16, or another float type that is rounded to it; N is even when gated.
+
+        Returns:
+            A new uint16 array of `shape(N, K)`.
+        """
+        n, k = weight.shape
+        panels = Tiled(self.cols, self.gated).pack(weight.astype(ml_dtypes.bfloat16).view(np.uint16))
+        pairs = np.zeros((self.panels(n), k + k % 2, self.cols), np.uint16)
+        pairs[:, :k] = panels
+        halves = pairs.reshape(self.panels(n), -1, 2, self.cols)
+        return np.ascontiguousarray(halves.transpose(0, 1, 3, 2))
+
+
+Layout = Plain | Tiled | TiledPairs | UserLayout
 
 
 def parse(name: str) -> Layout:
     """The layout of this name."""
     if name == "plain":
         return Plain()
-    return Tiled(int(name.removeprefix("tiled").removesuffix("_gated")), name.endswith("_gated"))
+    gated, plain = name.endswith("_gated"), name.removesuffix("_gated")
+    kind = TiledPairs if plain.endswith("_bf16") else Tiled
+    return kind(int(plain.removesuffix("_bf16").removeprefix("tiled")), gated)
 
 
 def _fill(panels: npt.NDArray[np.generic], weight: npt.NDArray[np.generic]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+from relax_llm.kernels.layout import Tiled, TiledPairs, parse
 from relax_llm.kernels.matmul import Matmul, reference
 from relax_llm.kernels.matmul.family import matmul_kernels
 from relax_llm.kernels.matmul.shape import first_blocked, layout_for, tile_for
@@ -122,3 +125,47 @@ def test_long_reductions_of_many_rows_are_blocked() -> None:
         for m in (1, 8, 128, 1024)
     }
     assert serving == {1: "tiled", 8: "tiled", 128: "blocked", 1024: "blocked"}
+
+
+BF16 = (
+    Matmul(70, 33, weight_format="bf16", bias=True, residual=True),
+    Matmul(100, 1302, weight_format="bf16", activation="silu", gated=True),
+    Matmul(64, 655, weight_format="bf16"),
+)
+
+
+@machines
+@pytest.mark.parametrize("problem", BF16, ids=lambda problem: problem.name)
+def test_bf16_weights_are_widened_exactly(on: str, problem: Matmul) -> None:
+    """Against float64 on the rounded weight: bf16 adds no error of its own, so the bound is that of f32."""
+    rows = tile_for(machine_of(on)).rows
+    for m in (1, 2, rows, rows + 1, 3 * rows + 1, 17 * rows):
+        inputs = _inputs(problem, m)
+        rounded = {**inputs, "weight": inputs["weight"].astype(ml_dtypes.bfloat16)}
+        exact = {**inputs, "weight": rounded["weight"].astype(np.float32)}
+        out = _run(problem, on, "tiled", rounded)
+        if m > rows:
+            np.testing.assert_array_equal(out, _run(problem, on, "blocked", rounded), err_msg=f"M = {m}")
+        wide = replace(problem, weight_format="f32")
+        np.testing.assert_array_equal(out, _run(wide, on, "tiled", exact), err_msg=f"M = {m}")
+        if problem.gated:
+            continue  # the f32 kernel, whose bits these are, is held to its bound elsewhere
+        scale = np.abs(inputs["x"]).astype(np.float64) @ np.abs(exact["weight"]).astype(np.float64).T + 10
+        right = reference(wide, exact)
+        assert_within(out, right, scale * reduction("float32", problem.k), f"{problem.name} at M = {m}")
+
+
+@pytest.mark.parametrize(
+    "layout", [TiledPairs(16), TiledPairs(32, gated=True)], ids=lambda layout: layout.name
+)
+def test_pairs_lie_side_by_side(layout: TiledPairs) -> None:
+    n, k = 70, 5
+    weight = (np.arange(n * k) % 251).reshape(n, k).astype(np.float32)  # exact in bf16
+    packed = layout.pack(weight)
+    assert packed.shape == layout.shape(n, k)
+    values = packed.view(ml_dtypes.bfloat16).astype(np.float32)
+    plain = Tiled(layout.cols, layout.gated).pack(weight)  # [panels, K, cols]
+    for step in range(k):
+        np.testing.assert_array_equal(values[:, step // 2, :, step % 2], plain[:, step])
+    assert not values[:, -1, :, 1].any()
+    assert parse(layout.name) == layout

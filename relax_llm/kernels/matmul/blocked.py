@@ -28,8 +28,8 @@ def blocked(problem: Matmul, machine: Machine) -> PrimFunc:
 
     def emit() -> None:
         operands = Operands.declare(problem, machine, flat=True)
-        m, x, weight, panels = operands.m, operands.x, operands.weight, operands.panels
-        elements = b.view(weight, (panels * k * tile.cols,))
+        m, x, panels = operands.m, operands.x, operands.panels
+        elements = operands.bytes_ahead()
         tiles = b.let("tiles", tiles_for(tile, m))
         blocks = b.let("blocks", (tiles + (most - 1)) // most)
         groups = blocking.groups(panels)
@@ -69,10 +69,9 @@ def blocked(problem: Matmul, machine: Machine) -> PrimFunc:
                         "following",
                         T.if_then_else(
                             panel + 1 < after,
-                            (panel + 1) * k + begin,
-                            first_panel * k + begin + steps,
-                        )
-                        * tile.cols,
+                            (panel + 1) * operands.panel_words + begin * operands.words,
+                            first_panel * operands.panel_words + (begin + steps) * operands.words,
+                        ),
                     )
                     place = b.let("place", slot if count > 1 else slot * 0)
                     with T.serial(own) as i:
@@ -90,9 +89,9 @@ def blocked(problem: Matmul, machine: Machine) -> PrimFunc:
                             micro_kernel(
                                 acc,
                                 lambda row, at_k: piece[at + row, at_k],
-                                lambda at_k, column: b.load(weight, panel, begin + at_k, column),
+                                operands.reader(panel, begin),
                                 whole,
-                                lambda turn, u: prefetch.emit(turn, u, tile, tile.rows),
+                                lambda turn, u: prefetch.emit(turn, u, tile, tile.rows, operands.words),
                                 rest,
                                 None if count == 1 else part == count - 1,
                             )

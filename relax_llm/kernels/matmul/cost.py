@@ -79,7 +79,8 @@ def _seconds(
     )  # a step cannot begin before the one before it is through
     compute = max(products, latency) + panels * tiles * blocking.parts * _TILE
     blocks = blocking.blocks(m)
-    memory = 4 * problem.n * problem.k * blocks / _MEMORY
+    width = 2 if problem.weight_format == "bf16" else 4
+    memory = width * problem.n * problem.k * blocks / _MEMORY
     alone = max(compute, memory) + (1 - hidden) * min(compute, memory) + more
     cores = max(1, cpu.cores())
     busy = tasks / -(-tasks // cores)  # cores that have work to the end

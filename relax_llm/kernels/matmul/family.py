@@ -12,6 +12,7 @@ from relax_llm.kernels.matmul.tiled import tiled
 from relax_llm.plan.kernel import Kernel
 from relax_llm.plan.sizes import Box
 
+_PACKED = frozenset({"f32", "bf16"})
 _ALL = frozenset({"bias", "activation", "gate", "residual"})
 _FEW_ROWS = 6  # up to which a dot product for each output beats transposing the weight first
 
@@ -30,6 +31,7 @@ def matmul_kernels(machine: Machine) -> list[Kernel]:
             make(lambda p, m: tiled(p, m, flat=True)),
             layout="tiled",
             absorbs=_ALL,
+            weights=_PACKED,
             cost=tiled_cost(machine),
         ),
         Kernel(
@@ -40,6 +42,7 @@ def matmul_kernels(machine: Machine) -> list[Kernel]:
             sizes=Box.of(M=(first_blocked(machine), None)),
             layout="tiled",
             absorbs=_ALL,
+            weights=_PACKED,
             cost=blocked_cost(machine),
         ),
         Kernel("plain_rows", "matmul", "primfunc", make(plain_rows), sizes=Box.of(M=(1, _FEW_ROWS))),

@@ -30,7 +30,7 @@ class Operands:
         tile: The register tile.
         m: Rows.
         x: [M, K].
-        weight: [panels, K, cols].
+        weight: [panels, K, cols], or in bf16 [panels, ceil(K / 2), cols, 2].
         bias: [N], or None.
         residual: [M, outputs], or None.
         out: [M, outputs].
@@ -50,7 +50,8 @@ class Operands:
         """Declare the arguments; x is [M, K] where `flat`, else [batch, seq, K], and so are residual and out."""
         outer = (b.size("M"),) if flat else (b.size("batch"), b.size("seq"))
         x = b.argument("x", (*outer, problem.k))
-        weight = b.argument("weight", layout_for(problem, machine).shape(problem.n, problem.k))
+        layout = layout_for(problem, machine)
+        weight = b.argument("weight", layout.shape(problem.n, problem.k), layout.dtype)
         bias = b.argument("bias", (problem.n,)) if problem.bias else None
         residual = b.argument("residual", (*outer, problem.outputs)) if problem.residual else None
         out = b.argument("out", (*outer, problem.outputs))
@@ -66,6 +67,36 @@ class Operands:
             None if residual is None else matrix(residual),
             matrix(out),
         )
+
+    @property
+    def words(self) -> int:
+        """Elements of four bytes that a panel of the weight has for one step of the reduction."""
+        return self.tile.cols // 2 if self.problem.weight_format == "bf16" else self.tile.cols
+
+    @property
+    def panel_words(self) -> int:
+        """Elements of four bytes from one panel of the weight to the next."""
+        k = self.problem.k
+        return self.words * (k + k % 2 if self.problem.weight_format == "bf16" else k)
+
+    def bytes_ahead(self) -> Expr:
+        """The weight as f32 [elements], for `Prefetch`, whatever it holds."""
+        return b.view(self.weight, (self.panels * self.panel_words,))
+
+    def reader(self, panel: Expr, begin: Expr) -> Callable[[Expr, int, int], Expr]:
+        """What gives the f32 vector of a panel at (step after `begin`, the step's place in its turn, column)."""
+        if self.problem.weight_format != "bf16":
+            return lambda k, _, column: b.load(self.weight, panel, begin + k, column)
+        pairs = b.view(self.weight, (self.panels, self.panel_words), "uint32")
+
+        def widened(k: Expr, u: int, column: int) -> Expr:
+            both = b.load(pairs, panel, (begin + (k - u % 2)) * self.words + column)
+            bits = T.shift_left(both, T.broadcast(T.uint32(16), LANES))
+            if u % 2:
+                bits = T.bitwise_and(both, T.broadcast(T.uint32(0xFFFF0000), LANES))
+            return T.reinterpret(f"float32x{LANES}", bits)
+
+        return widened
 
     @property
     def panels(self) -> int:
@@ -100,9 +131,12 @@ class Prefetch:
     tiles: Expr
     tile: Expr
 
-    def emit(self, turn: Expr, u: int, tile: Tile, rows: int) -> None:
-        """Ask for what falls to step `u` of a turn of the loop over k, in a tile of so many rows."""
-        half = self.steps * tile.cols // _STREAMS
+    def emit(self, turn: Expr, u: int, tile: Tile, rows: int, words: int) -> None:
+        """Ask for what falls to step `u` of a turn of the loop over k, in a tile of so many rows.
+
+        `words` are the elements of the weight in one step.
+        """
+        half = self.steps * words // _STREAMS
         lines = (
             UNROLL * tile.cols // _LINE // _STREAMS
         )  # of each stream, in one turn, where there is but one tile
@@ -118,9 +152,9 @@ class Prefetch:
 
         def shared() -> None:
             apart = T.truncdiv(self.tiles + (lines * _LINE - 1), self.tiles)
-            for line in range(lines // 2):
+            for line in range(max(1, lines // 2)):
                 for stream in range(_STREAMS):
-                    if u == (line * _STREAMS + stream) * UNROLL // lines:
+                    if u == (line * _STREAMS + stream) * UNROLL // max(2, lines):
                         ask(stream, at * apart + line * _LINE)
 
         if rows <= tile.alone // 2:
@@ -140,7 +174,7 @@ def tiles_for(tile: Tile, m: Expr) -> Expr:
 def micro_kernel(
     acc: b.Registers,
     x: Callable[[int, Expr], Expr],
-    weight: Callable[[Expr, int], Expr],
+    weight: Callable[[Expr, int, int], Expr],
     steps: Expr,
     ahead: Callable[[Expr, int], None],
     rest: int = 0,
@@ -151,25 +185,25 @@ def micro_kernel(
     Args:
         acc: rows by vectors of a tile.
         x: The element of a row at a step.
-        weight: The vector at a step and column.
+        weight: The vector at a step, given also as its place in a turn, and a column.
         steps: How many; a multiple of `UNROLL`.
         ahead: Called for every turn of the loop and each step of it, to prefetch.
         rest: Further steps, fewer than `UNROLL`.
         ends: The run-time condition under which these are to be done; None for always.
     """
 
-    def step(k: Expr) -> None:
+    def step(k: Expr, u: int) -> None:
         for row, index, column, _ in acc:
-            acc.set(row, index, acc.get(row, index) + b.splat(x(row, k)) * weight(k, column))
+            acc.set(row, index, acc.get(row, index) + b.splat(x(row, k)) * weight(k, u, column))
 
     with T.serial(T.truncdiv(steps, T.int64(UNROLL))) as turn:
         for u in range(UNROLL):
             ahead(turn, u)
-            step(turn * UNROLL + u)
+            step(turn * UNROLL + u, u)
     if rest:
         with b.when(ends) if ends is not None else nullcontext():
             for u in range(rest):
-                step(steps + u)
+                step(steps + u, u)
 
 
 def write(

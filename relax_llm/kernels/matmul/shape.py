@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from relax_llm.kernels.layout import Tiled
+from relax_llm.kernels.layout import Tiled, TiledPairs
 from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.matmul.problem import Matmul
 
@@ -42,9 +42,10 @@ def tile_for(machine: Machine) -> Tile:
     return Tile(max(1, held * 13 // 16 * LANES // cols), cols)
 
 
-def layout_for(problem: Matmul, machine: Machine) -> Tiled:
+def layout_for(problem: Matmul, machine: Machine) -> Tiled | TiledPairs:
     """The weight layout of this machine's kernels."""
-    return Tiled(tile_for(machine).cols, problem.gated)
+    kind = TiledPairs if problem.weight_format == "bf16" else Tiled
+    return kind(tile_for(machine).cols, problem.gated)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,6 @@ __all__ = ["Tile", "layout_for", "layout_named", "tile_for", "tiled"]
 _STEPS = (
     640  # of the reduction at a time: a part of a panel and the next one leave room in a second-level cache
 )
-_TILES = 16  # at most in a block of rows
-_BLOCK = (
-    1 << 18
-)  # f32 of x in a block of rows, where it is more than 4 tiles: they stay in a second-level cache
 
 
 def layout_named(name: str, problem: Matmul, machine: Machine) -> Layout:
@@ -46,8 +42,8 @@ def tiled(problem: Matmul, machine: Machine, *, flat: bool = False) -> PrimFunc:
 
     def emit() -> None:
         operands = Operands.declare(problem, machine, flat=flat)
-        m, x, weight = operands.m, operands.x, operands.weight
-        elements = b.view(weight, (operands.panels * k * tile.cols,))
+        m, x = operands.m, operands.x
+        elements = operands.bytes_ahead()
         tiles = b.let("tiles", tiles_for(tile, m))
         blocks = b.let("blocks", (tiles + (most - 1)) // most)
 
@@ -66,15 +62,17 @@ def tiled(problem: Matmul, machine: Machine, *, flat: bool = False) -> PrimFunc:
                 else:
                     acc.clear()
                 begin = b.let("begin", part * steps)
-                following = b.let("following", (panel * k + begin + steps) * tile.cols)
+                following = b.let(
+                    "following", panel * operands.panel_words + (begin + steps) * operands.words
+                )
                 prefetch = Prefetch(elements, following, steps, own, i)
                 length = b.let("length", T.min(T.int64(steps), k - rest - begin))
                 micro_kernel(
                     acc,
                     lambda row, at_k: x[first + row, begin + at_k],
-                    lambda at_k, column: b.load(weight, panel, begin + at_k, column),
+                    operands.reader(panel, begin),
                     length,
-                    lambda turn, u: prefetch.emit(turn, u, tile, rows),
+                    lambda turn, u: prefetch.emit(turn, u, tile, rows, operands.words),
                     rest,
                     None if count == 1 else part == count - 1,
                 )
