@@ -2,13 +2,14 @@
 
 python -m benchmarks.control [CHECKPOINT] [--context 64] [--rounds 51]
 
-Everything is done in turns in one process, on one state; what is shown is the median over the rounds, and what each way
-takes more than the plain one, for each launch.
+Everything is done in turns in one process, on one state; what is shown is the median over the rounds, and by how much
+each way exceeds the plain one of its round, for each launch.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -24,39 +25,32 @@ def main() -> None:
     state = runner.start()
     runner.prefill(state, range(1, options.context + 1))
 
-    def counted() -> None:
-        with runner.counting():
-            runner.decode(state, 1)
-
-    def planned() -> None:
-        with runner.plan(artifact.plan):
-            runner.decode(state, 1)
-
     def stepped() -> None:
         for launch in runner.steps("decode", state, 1):
             launch.run()
 
-    ways: dict[str, Callable[[], object]] = {
-        "plain": lambda: runner.decode(state, 1),
-        "the same plan, by the host": planned,
-        "pinned": lambda: pinned.decode(state, 1),
-        "counted": counted,
-        "launch by launch": stepped,
+    ways: dict[str, tuple[Callable[[], AbstractContextManager[object]], Callable[[], object]]] = {
+        "plain": (nullcontext, lambda: runner.decode(state, 1)),
+        "the same plan, by the host": (lambda: runner.plan(artifact.plan), lambda: runner.decode(state, 1)),
+        "pinned": (nullcontext, lambda: pinned.decode(state, 1)),
+        "counted": (runner.counting, lambda: runner.decode(state, 1)),
+        "launch by launch": (nullcontext, stepped),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(options.rounds + 1):
-        for name, run in ways.items():
-            begun = time.perf_counter()
-            run()
-            if turn:  # the first round makes machines and maps memory
-                seconds[name].append(time.perf_counter() - begun)
+        for name, (control, run) in ways.items():
+            with control():
+                begun = time.perf_counter()
+                run()
+                if turn:  # the first round makes machines and maps memory
+                    seconds[name].append(time.perf_counter() - begun)
             state.truncate(options.context)
     launches = artifact.manifest.functions["decode"]
     choices = sum(launch.kernel in artifact.manifest.dispatchers for launch in launches)
     print(f"{len(launches)} launches, {choices} of them with a choice; decode after {options.context} tokens")
-    plain = median(seconds["plain"])
     for name, measured in seconds.items():
-        more = (median(measured) - plain) / len(launches) * 1e6
+        pairs = zip(measured, seconds["plain"], strict=True)
+        more = median(ours - plain for ours, plain in pairs) / len(launches) * 1e6
         print(f"{name:<28}{median(measured) * 1e3:8.2f} ms  {more:+6.2f} us a launch")
 
 

@@ -203,15 +203,24 @@ def planned(plan: Plan, own: Plan, known: Mapping[Key, Place], fixed: Sequence[F
         PlanError: The plan names no site of the artifact, or asks at one for what its library cannot do.
     """
     layer: Layer = {}
+    at: dict[tuple[str, str], list[Place]] = {}
+    for place in known.values():
+        at.setdefault((place.site, place.operator), []).append(place)
+    layouts = {
+        (site, entry.operator, entry.problem): entry.layout for entry in own.entries for site in entry.sites
+    }
     for entry in plan.entries:
         for site in entry.sites:
-            there = [
-                place for place in known.values() if (place.site, place.operator) == (site, entry.operator)
-            ]
+            there = at.get((site, entry.operator), [])
             if len(there) > 1:
                 there = [place for place in there if place.symbol.startswith(entry.problem)]
             for place in there:
-                _check_layout(entry, own, place)
+                stored = layouts.get((site, entry.operator, entry.problem), entry.layout)
+                if stored != entry.layout:
+                    raise PlanError(
+                        f"The plan reads the weight of {site} {entry.layout}, but the artifact stores it {stored}; "
+                        "compile with this plan."
+                    )
                 layer[place.key] = _parts(entry, place)
             if not there:
                 _check_fixed(entry, site, fixed)
@@ -242,19 +251,6 @@ def _parts(entry: Entry, place: Place) -> tuple[Part, ...]:
 
 def _within(inner: Bounds, outer: Bounds) -> bool:
     return inner[0] >= outer[0] and (outer[1] is None or (inner[1] is not None and inner[1] <= outer[1]))
-
-
-def _check_layout(entry: Entry, own: Plan, place: Place) -> None:
-    for mine in own.entries:
-        if (
-            place.site in mine.sites
-            and (mine.operator, mine.problem) == (entry.operator, entry.problem)
-            and mine.layout != entry.layout
-        ):
-            raise PlanError(
-                f"The plan reads the weight of {place.site} {entry.layout}, but the artifact stores it {mine.layout}; "
-                "compile with this plan."
-            )
 
 
 def _check_fixed(entry: Entry, site: str, fixed: Sequence[Fixed]) -> None:

@@ -19,6 +19,7 @@ from relax_llm.plan.plan import Entry, Plan, Range
 from relax_llm.plan.sizes import Box
 from relax_llm.runtime import choices
 from relax_llm.runtime.choices import Rule
+from tests.artifact.checkpoints import GPT2, LLAMA, write
 from tests.runtime import dispatching
 from tests.runtime.dispatching import ATTENTION, DISPATCHERS, DOWN, FUNCTIONS, GATE, PLAN, make
 
@@ -347,6 +348,26 @@ def test_pinned(artifact: rl.Artifact) -> None:
     with runner.plan(_plan("double")):
         assert ran(runner, 3) == [("double", "double", "single")]
     assert set(ran(runner, 3, 1)) == {("plain", "plain", "single")}
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_pinned_results_do_not_depend_on_how_tokens_are_divided(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Bitwise, whole models: every division in two calls, token by token, and several at once."""
+    runner = rl.Runner(rl.compile(write(tmp_path / "checkpoint", config)), selection="pinned")
+    ids = np.random.default_rng(0).integers(0, runner.vocab_size, 40)
+    expected = runner.prefill(runner.start(), ids, output="all")
+    for cut in (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 39):
+        state = runner.start()
+        first = runner.prefill(state, ids[:cut], output="all")
+        second = runner.prefill(state, ids[cut:], output="all")
+        np.testing.assert_array_equal(np.concatenate([first, second]), expected, err_msg=f"cut at {cut}")
+    state = runner.start()
+    one_by_one = [runner.decode(state, int(token)) for token in ids]
+    np.testing.assert_array_equal(one_by_one, expected)
+    batch = runner.prefill(runner.start(3), np.stack([ids] * 3), output="all")
+    np.testing.assert_array_equal(batch, np.stack([expected] * 3))
 
 
 def test_pinned_where_nothing_serves_every_size(tmp_path: Path) -> None:
