@@ -109,7 +109,12 @@ def tune(
         raise
     if output is not None:
         _write(output, plan.to_json() + "\n")
-    if plot is not None:
+    if not any(entry.measurements for entry in plan.entries) and budget > 0:
+        screen.note(
+            "Nothing could be measured within the budget. What was compiled is kept, so the same command gets further; "
+            "or give it more seconds with --budget."
+        )
+    elif plot is not None:
         draw(plan, plot)
     if json:
         screen.json_document(parsed(plan.to_json()))
