@@ -31,6 +31,9 @@ def inspect(
     weights_table: Annotated[
         bool, typer.Option("--weights-table", help="List the packed weights and what they are made from.")
     ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="List which kernel serves which sizes, for every problem and site.")
+    ] = False,
     explain: Annotated[
         str | None,
         typer.Option("--explain", metavar="SITE", help="Say which kernels serve a site, and why."),
@@ -59,6 +62,9 @@ def inspect(
         sizes = {"M": rows} if rows is not None else {}
         sizes |= parse_sizes(at, {axis for axes in AXES.values() for axis in axes}) if at else {}
         report.explain(path, manifest, explain, sizes, json=json)
+        return
+    if plan:
+        report.show_plan(path, manifest, json=json)
         return
     if rows is not None:
         raise InputError("--rows goes with --explain SITE.")

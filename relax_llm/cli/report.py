@@ -1,5 +1,6 @@
 """What `relax-llm inspect` shows of an artifact: kernels, launches, weights and costs."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from relax_llm.artifact import formulas
-from relax_llm.artifact.artifact import LIBRARY, MANIFEST, WEIGHTS, Artifact, load
+from relax_llm.artifact.artifact import LIBRARY, MANIFEST, OBJECTS, WEIGHTS, Artifact, load
 from relax_llm.artifact.manifest import Kernel, Manifest
 from relax_llm.cli import screen, tables
 from relax_llm.cli.kernel_table import kernel_uses, parse_sizes, problem_text, shapes_text, symbols
@@ -98,7 +99,7 @@ def show(report: Report) -> None:
             "artifact": str(report.path),
             "architecture": f"{manifest.architecture}, {manifest.context_length} tokens of context",
             "target": manifest.target,
-            "kernels": f"{len(manifest.kernels)}, in {size.get(LIBRARY, '?')} of code",
+            "kernels": f"{len(manifest.kernels)}, in {size.get(LIBRARY) or size.get(OBJECTS, '?')} of code",
             "weights": f"{len(manifest.weights)} tensors, {size.get(WEIGHTS, '?')} as {manifest.weight_format}",
             "launches": ", ".join(f"{name} {len(calls)}" for name, calls in manifest.functions.items()),
         }
@@ -183,11 +184,37 @@ def explain(path: Path, manifest: Manifest, site: str, sizes: Mapping[str, int],
         PlanError: The plan has no such site, or it is not chosen by these sizes.
     """
     plan = Artifact(path, manifest).plan
-    text = plan.explain(site, **sizes)
+    text = plan.explain(site, operator=None, **sizes)
     if json:
         screen.json_document({"site": site, "entries": [entry_json(entry) for entry in plan.all_at(site)]})
     else:
         screen.write(f"{text}\n")
+
+
+def show_plan(path: Path, manifest: Manifest, *, json: bool) -> None:
+    """Print which kernel serves which sizes of every problem, and where these problems are."""
+    plan = Artifact(path, manifest).plan
+    if json:
+        screen.json_document({"entries": [entry_json(entry) for entry in plan.entries]})
+        return
+    rows = [
+        (
+            entry.problem if first else "",
+            _sites_text(entry.sites) if first else "",
+            entry.layout if first else "",
+            str(part),
+            part.kernel,
+        )
+        for entry in plan.entries
+        for first, part in zip((True, *[False] * len(entry.ranges)), entry.ranges, strict=False)
+    ]
+    tables.table(("problem", "sites", "weight", "at", "kernel"), rows)
+
+
+def _sites_text(sites: tuple[str, ...]) -> str:
+    """Sites that differ by a layer's number as one: `layers.*.mlp.down_proj (30)`."""
+    counted = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", site) for site in sites)
+    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counted.items())
 
 
 def _total(report: Report) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -194,3 +195,15 @@ def test_what_a_manifest_says_cannot_command_the_terminal(
 )
 def test_quantities_have_three_digits(value: float, unit: str, text: str) -> None:
     assert quantity(value, unit) == text
+
+
+def test_the_plan_names_a_kernel_for_every_site(artifact: Path, call: Callable[..., Outcome]) -> None:
+    told = call("inspect", artifact, "--plan").out
+    entries = json.loads(call("inspect", artifact, "--plan", "--json").out)["entries"]
+    assert entries
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    launched = {launch["site"] for launches in manifest["functions"].values() for launch in launches}
+    assert launched <= {site for entry in entries for site in entry["sites"]}
+    for entry in entries:
+        assert entry["problem"] in told
+        assert all(part["kernel"] in told for part in entry["ranges"])
