@@ -25,6 +25,7 @@ from relax_llm.text.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 LIBRARY = "lib.so"
+OBJECTS = "lib.tar"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
 PLAN = "plan.json"
@@ -97,7 +98,10 @@ class Artifact:
         if target.resolve() == self.path.resolve():
             return self
         with replacing(target) as temporary:
-            for name in [MANIFEST, *self.manifest.files]:
+            linked = (
+                self.library.is_file() and LIBRARY not in self.manifest.files
+            )  # by the user, from the objects
+            for name in [MANIFEST, *self.manifest.files, *([LIBRARY] if linked else [])]:
                 shutil.copyfile(self.path / name, temporary / name)
         return Artifact(target, self.manifest)
 
@@ -127,7 +131,13 @@ def load(
     )
     if for_this_machine:
         _check_machine(path, manifest)
-    for name in (LIBRARY, WEIGHTS):
+    unlinked = OBJECTS in manifest.files
+    if unlinked and for_this_machine and not (path / LIBRARY).is_file():
+        raise ArtifactError(
+            f"{path} was compiled where no linker for {manifest.target} was installed, so its code is objects only; "
+            f"{how_to_link(manifest.target)}"
+        )
+    for name in (OBJECTS if unlinked else LIBRARY, WEIGHTS):
         if name not in manifest.files:
             raise ArtifactError(f"{manifest_path} does not list {name}; compile the artifact again.")
     for name, expected in manifest.files.items():
@@ -140,6 +150,14 @@ def load(
             raise ArtifactError(f"{file} has changed since the artifact was made; compile it again.")
     register_given(manifest.python_kernels, kernels)
     return Artifact(path, manifest)
+
+
+def how_to_link(architecture: str) -> str:
+    """What to do with an artifact's objects, as a sentence."""
+    return (
+        f"link them in its directory, on {architecture}: "
+        f"`mkdir objects && tar xf {OBJECTS} -C objects && g++ -shared -o {LIBRARY} objects/*.o`."
+    )
 
 
 def versions() -> dict[str, str]:

@@ -98,7 +98,7 @@ def compile_(
 
 
 def _summary(artifact: "Artifact", seconds: float) -> dict[str, object]:
-    from relax_llm.artifact.artifact import LIBRARY, WEIGHTS
+    from relax_llm.artifact.artifact import LIBRARY, OBJECTS, WEIGHTS
 
     manifest = artifact.manifest
     return {
@@ -110,21 +110,22 @@ def _summary(artifact: "Artifact", seconds: float) -> dict[str, object]:
         "launches": {name: len(launches) for name, launches in manifest.functions.items()},
         "weights": len(manifest.weights),
         "weights_bytes": manifest.files[WEIGHTS].size,
-        "library_bytes": manifest.files[LIBRARY].size,
+        "library_bytes": (manifest.files.get(LIBRARY) or manifest.files[OBJECTS]).size,
         "seconds": round(seconds, 3),
         "notes": list(manifest.notes),
     }
 
 
 def _show(artifact: "Artifact", checkpoint: str, seconds: float) -> None:
-    from relax_llm.artifact.artifact import LIBRARY, WEIGHTS
+    from relax_llm.artifact.artifact import LIBRARY, OBJECTS, WEIGHTS
 
     manifest = artifact.manifest
+    code = manifest.files.get(LIBRARY) or manifest.files[OBJECTS]
     tables.facts(
         {
             "artifact": f"{artifact.path}, from {checkpoint}",
             "target": manifest.target,
-            "kernels": f"{len(manifest.kernels)}, in {tables.quantity(manifest.files[LIBRARY].size, 'B')} of code",
+            "kernels": f"{len(manifest.kernels)}, in {tables.quantity(code.size, 'B')} of code",
             "launches": ", ".join(f"{name} {len(calls)}" for name, calls in manifest.functions.items()),
             "weights": f"{len(manifest.weights)} tensors, {tables.quantity(manifest.files[WEIGHTS].size, 'B')} as "
             f"{manifest.weight_format}",

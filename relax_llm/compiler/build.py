@@ -9,24 +9,21 @@ from typing import Any
 
 import tvm
 import tvm_ffi
-from tvm import relax
-from tvm.support import cc
 
-from relax_llm import cpu
-from relax_llm.artifact.artifact import LIBRARY, PLAN, WEIGHTS, finish, versions
+from relax_llm.artifact.artifact import PLAN, WEIGHTS, finish, versions
 from relax_llm.artifact.manifest import Cache, Manifest, Weight
 from relax_llm.artifact.weights import write
 from relax_llm.checkpoint import Checkpoint
 from relax_llm.compiler import launches
 from relax_llm.compiler.dump import dumping
 from relax_llm.compiler.export import export
+from relax_llm.compiler.link import write_library
 from relax_llm.compiler.parameters import match, reader
 from relax_llm.compiler.passes.lift_weights import weight_recipes
 from relax_llm.compiler.pipeline import Entry, as_pipeline, run
 from relax_llm.compiler.planner import Planner
 from relax_llm.compiler.recipes import Array, Recipe, joined_name
-from relax_llm.errors import ArchitectureError, ArtifactError, CompileError, RelaxLLMError, TokenizerError
-from relax_llm.kernels.machine import CODE_GENERATION, Machine
+from relax_llm.errors import ArchitectureError, ArtifactError, RelaxLLMError, TokenizerError
 from relax_llm.layers import Decoder, Fields
 from relax_llm.layers.decoder import attention_layers
 from relax_llm.progress import Progress
@@ -76,7 +73,7 @@ def build(
     weights = _weights(mod, recipes)
     _check_space(directory, sum(weight.nbytes for weight in weights))
     with progress.task("Compiling kernels", 1):
-        _library(instructions, machine, directory / LIBRARY, planner.objects())
+        unlinked = write_library(instructions, machine, directory, planner.objects())
     (directory / PLAN).write_text(planner.plan().to_json(), encoding="utf-8")
     warnings: list[str] = []
 
@@ -95,7 +92,7 @@ def build(
             return by_name[weight.name].make(read, layouts.__getitem__)
 
         write(file, weights, make)
-    notes = [*checkpoint.notes, *_save_tokenizer(checkpoint, directory), *warnings]
+    notes = [*unlinked, *checkpoint.notes, *_save_tokenizer(checkpoint, directory), *warnings]
     hidden = mod["hidden"].ret_ty.shape[-1]
     finish(
         directory,
@@ -153,27 +150,6 @@ def _check_space(directory: Path, weights: int) -> None:
                 f"{place} has {free / 1e6:,.0f} MB free, and {needed / 1e6:,.0f} MB are needed; make room, or set "
                 "XDG_CACHE_HOME, TMPDIR or the output to another disk."
             )
-
-
-def _library(mod: tvm.IRModule, machine: Machine, path: Path, objects: Sequence[bytes]) -> None:
-    """Generate code and link it, with the objects of kernels that came as C, into one shared library."""
-    if cc.get_cc() is None:
-        raise CompileError(
-            "A C++ compiler is needed to link the kernels and none was found; install g++ or clang, or set CXX."
-        )
-    if machine.architecture != cpu.architecture():
-        raise CompileError(
-            f"The library for {machine.name} cannot be linked on {cpu.architecture()}; compile on such a machine."
-        )
-    try:
-        with tvm.transform.PassContext(config=CODE_GENERATION), tempfile.TemporaryDirectory() as directory:
-            files = [Path(directory) / f"kernel{index}.o" for index in range(len(objects))]
-            for file, data in zip(files, objects, strict=True):
-                file.write_bytes(data)
-            executable = relax.build(mod, machine.target, relax_pipeline=tvm.transform.Sequential([]))
-            executable.export_library(str(path), addons=[str(file) for file in files])
-    except (RuntimeError, ValueError) as error:
-        raise CompileError(f"Generating code for {machine.name} failed: {error}") from error
 
 
 def _weights(mod: tvm.IRModule, recipes: list[Recipe]) -> list[Weight]:

@@ -1,0 +1,102 @@
+"""From a compiled module to a library: linked here, or for another processor where a linker for it is installed."""
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.support import cc
+
+from relax_llm import cpu
+from relax_llm.artifact.artifact import LIBRARY, OBJECTS, how_to_link
+from relax_llm.errors import CompileError
+from relax_llm.kernels.machine import CODE_GENERATION, Machine
+
+_ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
+
+
+def cross_linker(architecture: str) -> list[str] | None:
+    """The command of an installed linker for another processor, without its inputs and output.
+
+    Kernels need no library of the other system, so a bare linker will do: what they call is in the process that loads
+    them.
+    """
+    for command in (
+        [f"{architecture}-linux-gnu-g++", "-shared"],
+        [f"{architecture}-linux-gnu-gcc", "-shared"],
+        ["ld.lld", "-shared"],
+        [f"{architecture}-linux-gnu-ld", "-shared"],
+        ["zig", "cc", "-target", f"{architecture}-linux-gnu", "-shared"],
+    ):
+        if shutil.which(command[0]):
+            return command
+    return None
+
+
+def write_library(
+    mod: tvm.IRModule, machine: Machine, directory: Path, objects: Sequence[bytes]
+) -> list[str]:
+    """Generate code and link it, with the objects of kernels that came as C, into one shared library.
+
+    Args:
+        mod: The lowered module.
+        machine: What to generate for.
+        directory: Where the library goes; its objects, where no linker for the machine is installed.
+        objects: Object files of kernels.
+
+    Returns:
+        What the user should know, one sentence each.
+
+    Raises:
+        CompileError: There is no C++ compiler, or code generation or linking failed.
+    """
+    here = machine.architecture == cpu.architecture()
+    if here and cc.get_cc() is None:
+        raise CompileError(
+            "A C++ compiler is needed to link the kernels and none was found; install g++ or clang, or set CXX."
+        )
+    _refuse_foreign(objects, machine)
+    linker = None if here else cross_linker(machine.architecture)
+    name = LIBRARY if here or linker else OBJECTS
+    try:
+        with tvm.transform.PassContext(config=CODE_GENERATION), tempfile.TemporaryDirectory() as temporary:
+            files = [Path(temporary) / f"kernel{index}.o" for index in range(len(objects))]
+            for file, data in zip(files, objects, strict=True):
+                file.write_bytes(data)
+            executable = relax.build(mod, machine.target, relax_pipeline=tvm.transform.Sequential([]))
+            options: dict[str, Any] = {"addons": [str(file) for file in files]}
+            if linker:
+                options["fcompile"] = lambda output, inputs, **_: _link(linker, output, inputs)
+            executable.export_library(str(directory / name), **options)
+    except (RuntimeError, ValueError) as error:
+        raise CompileError(f"Generating code for {machine.name} failed: {error}") from error
+    if name == LIBRARY:
+        return []
+    return [
+        f"The library is not linked: no linker for {machine.architecture} is installed here. {OBJECTS} holds its "
+        f"objects; {how_to_link(machine.architecture)} Or install "
+        f"{machine.architecture}-linux-gnu-g++, lld or zig here, and compile again."
+    ]
+
+
+def _refuse_foreign(objects: Sequence[bytes], machine: Machine) -> None:
+    """Kernels in C are compiled by this machine's compiler, which knows one processor."""
+    for data in objects:
+        if data[:4] == b"\x7fELF":
+            made = _ELF_MACHINES.get(int.from_bytes(data[18:20], "little"))
+            if made != machine.architecture:
+                raise CompileError(
+                    f"A kernel in C was compiled for {made or 'another processor'}, by this machine's compiler; "
+                    f"--target {machine.name} takes kernels in TVMScript and schedules only."
+                )
+
+
+def _link(linker: list[str], output: str, inputs: Any) -> None:
+    command = [*linker, "-o", output, *([inputs] if isinstance(inputs, str) else inputs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(linker)} says: {done.stderr.strip()}")
