@@ -113,7 +113,7 @@ def test_sizes(on: str, n: str, k: int) -> None:
         _check(problem, on, batch, seq)
 
 
-PLAIN = Matmul(0, 33)
+PLAIN = Matmul(2, 33)
 EPILOGUES = [
     replace(PLAIN, bias=True),
     replace(PLAIN, residual=True),
@@ -131,7 +131,7 @@ GATED = [
 
 @every_machine
 @pytest.mark.parametrize(
-    "epilogue", EPILOGUES, ids=lambda problem: problem.name.removeprefix("matmul_n0_k33_")
+    "epilogue", EPILOGUES, ids=lambda problem: problem.name.removeprefix("matmul_n2_k33_")
 )
 def test_epilogues(on: str, epilogue: Matmul) -> None:
     problem = replace(epilogue, n=_panel(on) + 5)
@@ -144,7 +144,7 @@ def test_epilogues(on: str, epilogue: Matmul) -> None:
     ("gated", "half"),
     [(GATED[0], half) for half in ("1", "panel // 2 - 1", "panel // 2", "panel // 2 + 1", "panel + 3")]
     + [(gated, half) for gated in GATED[1:] for half in ("panel // 2 - 1", "panel + 3")],
-    ids=lambda value: value.name.removeprefix("matmul_n0_k33_") if isinstance(value, Matmul) else value,
+    ids=lambda value: value.name.removeprefix("matmul_n2_k33_") if isinstance(value, Matmul) else value,
 )
 def test_gated(on: str, gated: Matmul, half: str) -> None:
     problem = replace(gated, n=2 * eval(half, {"panel": _panel(on)}))
@@ -214,7 +214,7 @@ def _definition(problem: Matmul) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize(
-    "problem", [PLAIN, *EPILOGUES, *GATED], ids=lambda p: p.name.removeprefix("matmul_n0_k33")
+    "problem", [PLAIN, *EPILOGUES, *GATED], ids=lambda p: p.name.removeprefix("matmul_n2_k33")
 )
 def test_the_definition_says_the_same(problem: Matmul) -> None:
     """`default` is what a user's kernel is measured by: it must compute what the problem's fields say."""
