@@ -20,13 +20,14 @@ from relax_llm.kernels.matmul.shape import Blocking, blocked_blocking, tile_for,
 _HERTZ = 3.5e9
 _PORTS = 2  # multiply-adds of a vector that begin in a cycle
 _MEMORY = 16e9  # bytes a second that a core reads
+_AGAIN = 0.25  # of the time of the first reading of the weight, for every block of rows after the first
 _CACHE = 30e9  # bytes a second from the last-level cache, where nothing was asked for ahead
 _COPY = 60e9  # bytes of x a second that `blocked` copies
 _HIDDEN = {
     "tiled": 0.6,
     "blocked": 0.4,
 }  # of the smaller of two times, behind the larger: parts are longer in `blocked`
-_TILE = 400 / _HERTZ  # seconds that a tile takes in each part of the reduction beside its multiply-adds
+_TILE = 500 / _HERTZ  # seconds that a tile takes in each part of the reduction beside its multiply-adds
 _LAUNCH = 2e-6
 _SECOND_LEVEL = 1 << 20  # bytes of x that stay in the second-level cache beside the weight
 
@@ -80,7 +81,7 @@ def _seconds(
     compute = max(products, latency) + panels * tiles * blocking.parts * _TILE
     blocks = blocking.blocks(m)
     width = 2 if problem.weight_format == "bf16" else 4
-    memory = width * problem.n * problem.k * blocks / _MEMORY
+    memory = width * problem.n * problem.k * (1 + (blocks - 1) * _AGAIN) / _MEMORY
     alone = max(compute, memory) + (1 - hidden) * min(compute, memory) + more
     cores = max(1, cpu.cores())
     busy = tasks / -(-tasks // cores)  # cores that have work to the end
