@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from relax_llm import cpu
+
+from .machines import PLAINER
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -22,6 +26,18 @@ def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(directory))
         yield directory
+
+
+@pytest.fixture(scope="module")
+def plainer_machine() -> Iterator[None]:
+    """Take this processor for `PLAINER`, for tests of what is the same on every machine.
+
+    AVX-512 has its turn in tests/kernels and tests/models.
+    """
+    plain = cpu.X86_LEVELS[PLAINER] if PLAINER else cpu.features()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "features", lambda: plain)
+        yield
 
 
 @pytest.fixture(scope="session")
