@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import relax_llm as rl
 
+from ..machines import PLAINER
 from .comparison import assert_logits_agree
 from .configurations import BY_NAME, LLAMA, MISTRAL, Configuration
 from .driving import advance, batches, check_prompt, ids_of, lengths, rows
@@ -43,7 +44,7 @@ def test_a_changed_weight_is_seen(bench: Bench, tmp_path: Path, tensor: str) -> 
     directory = shutil.copytree(bench.checkpoint(row), tmp_path / "checkpoint")
     ids = ids_of(row, 1, 64)
     expected = bench.reference(row).logits(ids)
-    same = rl.Runner(rl.compile(directory, weights="f32"))
+    same = rl.Runner(rl.compile(directory, weights="f32", target=PLAINER))
     assert_logits_agree(advance(same, same.start(), ids, (64,)), expected, "the copy")
 
     file = directory / "model.safetensors"
@@ -51,6 +52,6 @@ def test_a_changed_weight_is_seen(bench: Bench, tmp_path: Path, tensor: str) -> 
     tensors[tensor] = tensors[tensor].copy()
     tensors[tensor][-1] *= 1.25  # the last row of a matrix, the last element of a norm
     save_file(tensors, file, metadata={"format": "pt"})
-    changed = rl.Runner(rl.compile(directory, weights="f32"))
+    changed = rl.Runner(rl.compile(directory, weights="f32", target=PLAINER))
     with pytest.raises(AssertionError, match="differ by more than"):
         assert_logits_agree(advance(changed, changed.start(), ids, (64,)), expected, "the changed copy")
