@@ -138,7 +138,7 @@ def test_what_a_python_kernel_raises_reaches_the_caller(checkpoints: dict[str, P
     runner = rl.Runner(rl.compile(checkpoints[LLAMA], kernels=[mine]))
     broken = True
     state = runner.start()
-    with pytest.raises(KernelError, match="'moody' failed for .*: ZeroDivisionError: in a mood"):
+    with pytest.raises(KernelError, match=r"'moody' failed for .*: ZeroDivisionError: in a mood"):
         runner.prefill(state, [1, 2, 3])
     assert state.length == 0
     broken = False
