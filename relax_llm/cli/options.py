@@ -22,7 +22,9 @@ Model = Annotated[
 ]
 Weights = Annotated[
     str | None,
-    typer.Option("--weights", metavar="FORMAT", help="How matrices are stored: f32.", rich_help_panel=_MODEL),
+    typer.Option(
+        "--weights", metavar="FORMAT", help="How matrices are stored: f32 or bf16.", rich_help_panel=_MODEL
+    ),
 ]
 Architecture = Annotated[
     str | None,

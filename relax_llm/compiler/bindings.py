@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import tvm
@@ -73,9 +74,10 @@ class Line:
         return relax.Function(self.params, body, ret_ty=self.result.ty, attrs=self.attrs)
 
 
-def used(expr: relax.Expr) -> list[relax.Var]:
-    """The variables of an expression."""
-    return list(free_vars(expr))
+@lru_cache(maxsize=4096)
+def used(expr: relax.Expr) -> tuple[relax.Var, ...]:
+    """The variables of an expression; remembered, as passes ask again after every change of a function."""
+    return tuple(free_vars(expr))
 
 
 def lines(mod: IRModule) -> list[Line]:

@@ -103,7 +103,7 @@ def build(
             architecture=f"{architecture.__module__}.{architecture.__qualname__}",
             config=dict(checkpoint.config),
             generation_config=_generation_config(checkpoint),
-            weight_format="f32",
+            weight_format=planner.weights,
             vocab_size=decoder.vocab_size,
             hidden_size=int(hidden),
             context_length=decoder.context_length,

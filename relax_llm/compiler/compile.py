@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from relax_llm.compiler.pipeline import Entry
     from relax_llm.layers import Decoder
 
-WEIGHT_FORMATS = ("f32",)
+WEIGHT_FORMATS = ("f32", "bf16")
 SELECTIONS: tuple[Selection, ...] = ("dynamic", "pinned")
 
 _MAKE_NO_ARTIFACTS = ("cli", "runtime", "tuning")
@@ -54,7 +54,7 @@ def compile(
 
     Args:
         checkpoint: A Hugging Face directory, a GGUF file, a hub id, or what `open_checkpoint` gave.
-        weights: How matrices are stored: "f32".
+        weights: How matrices are stored: "f32", or "bf16", which halves them; sums are f32 in both.
         architecture: A subclass of `relax_llm.layers.Decoder`, or a Python file with one; by default the built-in one
             for the checkpoint's model_type.
         target: The processor to compile for: an x86-64 level such as "x86-64-v3"; by default this machine's.
@@ -105,6 +105,7 @@ def compile(
                 opened,
                 temporary,
                 progress or Silent(),
+                weights=weights,
                 architecture=architecture,
                 target=target,
                 kernels=chosen,
@@ -128,6 +129,7 @@ def _build(
     directory: Path,
     progress: Progress,
     *,
+    weights: str,
     architecture: Any,
     target: str | None,
     kernels: Sequence[Kernel],
@@ -144,7 +146,7 @@ def _build(
     build(
         checkpoint,
         find(checkpoint.config, architecture),
-        Planner(machine(target), kernels, plan=plan, selection=selection),
+        Planner(machine(target), kernels, plan=plan, selection=selection, weights=weights),
         directory,
         progress,
         _warn,

@@ -64,6 +64,7 @@ class Planner:
         *,
         plan: Plan | None = None,
         selection: Selection = "dynamic",
+        weights: str = "f32",
         check: Callable[[Realized, Machine], str] = check,
     ) -> None:
         """Prepare.
@@ -73,6 +74,7 @@ class Planner:
             kernels: The user's.
             plan: Choices made before, by measurement or by hand.
             selection: "dynamic": by size; "pinned": one kernel for all sizes, so that rounding does not depend on them.
+            weights: How matrices are stored.
             check: Tries a kernel before it enters the plan; raises KernelError where it is wrong.
         """
         names = [kernel.name for kernel in kernels]
@@ -80,6 +82,7 @@ class Planner:
         if twice:
             raise _clash(twice[0])
         self.machine = machine
+        self.weights = weights
         self._given = tuple(kernels)
         self._plan = plan
         self._selection = selection

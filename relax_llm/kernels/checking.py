@@ -161,7 +161,11 @@ def _along(bounds: Bounds) -> list[int]:
 
 def _few(bounds: Bounds) -> list[int]:
     first, last = bounds
-    edges = [first, *(-(-first // tile) * tile for tile in (TILE, GRANULE)), *([last] if last is not None else [])]
+    edges = [
+        first,
+        *(-(-first // tile) * tile for tile in (TILE, GRANULE)),
+        *([last] if last is not None else []),
+    ]
     wanted = {first + 129, *(edge + step for edge in edges for step in (-1, 0, 1))}
     return sorted(m for m in wanted if m >= first and (last is None or m <= last))
 

@@ -76,7 +76,7 @@ def realize(kernel: Kernel, problem: Problem, machine: Machine) -> Realized:
     operands = operator.operands(part, layout)
     symbol = f"{kernel.name}__{part.name}"
     if kernel.form == "schedule":
-        if layout is not None and layout.name != "plain":
+        if layout is not None and layout.name not in ("plain", "plain_bf16"):
             raise KernelError(
                 f"Kernel {kernel.name!r} is a schedule of the plain loops, which read the weight plain, not "
                 f"{layout.name}."

@@ -27,6 +27,22 @@ class Plain:
 
 
 @dataclass(frozen=True)
+class PlainBits:
+    """[N, K] in bf16, its bits as uint16."""
+
+    name: str = "plain_bf16"
+    dtype: ClassVar[str] = "uint16"
+
+    def shape(self, n: int, k: int) -> tuple[int, int]:
+        """Shape of the matrix."""
+        return n, k
+
+    def pack(self, weight: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        """The matrix, rounded to bf16 where it is of another float type."""
+        return np.ascontiguousarray(weight.astype(ml_dtypes.bfloat16).view(np.uint16))
+
+
+@dataclass(frozen=True)
 class Tiled:
     """Panels of `cols` outputs, each stored reduction-major: [ceil(N / cols), K, cols], the last one padded with zeros.
 
@@ -123,13 +139,13 @@ class TiledPairs:
         return np.ascontiguousarray(halves.transpose(0, 1, 3, 2))
 
 
-Layout = Plain | Tiled | TiledPairs | UserLayout
+Layout = Plain | PlainBits | Tiled | TiledPairs | UserLayout
 
 
 def parse(name: str) -> Layout:
     """The layout of this name."""
-    if name == "plain":
-        return Plain()
+    if name in ("plain", "plain_bf16"):
+        return Plain() if name == "plain" else PlainBits()
     gated, plain = name.endswith("_gated"), name.removesuffix("_gated")
     kind = TiledPairs if plain.endswith("_bf16") else Tiled
     return kind(int(plain.removesuffix("_bf16").removeprefix("tiled")), gated)

@@ -8,7 +8,7 @@ from tvm.tirx.script.builder import ir as T
 
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.layout import Tiled, parse
+from relax_llm.kernels.layout import Plain, Tiled, TiledPairs, parse
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.problem import Problem, require_positive, tag
 
@@ -50,14 +50,20 @@ def embedding(problem: Embedding, machine: Machine) -> PrimFunc:
     def emit() -> None:
         batch, seq = b.size("batch"), b.size("seq")
         ids_arg = b.argument("ids", (batch, seq), "int32")
-        table = b.argument("table", layout.shape(problem.rows, hidden) if layout else (problem.rows, hidden))
+        stored = layout or Plain()
+        table = b.argument("table", stored.shape(problem.rows, hidden), stored.dtype)
         out_arg = b.argument("out", (batch, seq, hidden))
         rows = batch * seq
         ids, out = b.view(ids_arg, (rows,), "int32"), b.view(out_arg, (rows, hidden))
 
         def task(row: Expr) -> None:
             index = b.let("index", T.cast(ids[row], "int64"))
-            if not isinstance(layout, Tiled):
+            if isinstance(layout, TiledPairs):
+                with T.serial(hidden) as k:
+                    bits = table[index // layout.cols, k // 2, index % layout.cols, k % 2]
+                    wide = T.shift_left(T.cast(bits, "uint32"), T.uint32(16))
+                    b.put(out, T.reinterpret("float32", wide), row, k)
+            elif not isinstance(layout, Tiled):
                 b.sweep(
                     hidden, lambda at, n: b.store(out, b.load(table, index, at, lanes=n), row, at, lanes=n)
                 )

@@ -12,7 +12,7 @@ from relax_llm.compiler.planner import Choice, Planner
 from relax_llm.compiler.recipes import joined_name
 from relax_llm.kernels.dispatch import OPEN_SUFFIX, Branch, dispatcher, internal, open_dispatcher
 from relax_llm.kernels.forms import Realized, sizes_of
-from relax_llm.kernels.layout import Layout, Tiled
+from relax_llm.kernels.layout import Layout, Tiled, TiledPairs
 from relax_llm.kernels.library import build
 from relax_llm.kernels.lookup import Embedding
 from relax_llm.kernels.matmul import Matmul
@@ -58,6 +58,7 @@ class SelectKernels:
         for line in edit.lines:
             for index, problem, call in _launches(line, problems):
                 if isinstance(problem, Matmul):
+                    problem = changed_copy(problem, weight_format=self.planner.weights)
                     weight = call.args[1][1]
                     choice = self.planner.choose(problem, _site(line, [weight], problem))
                     chosen[line.name, index] = problem, choice, choice.layout
@@ -69,10 +70,13 @@ class SelectKernels:
                     problem, layout = _sharing(line, problem, call, shared)
                     choice = self.planner.choose(problem, _site(line, list(call.args[1]), problem))
                     chosen[line.name, index] = problem, choice, layout
+        installed: dict[str, ir.GlobalVar] = {}
         for line in edit.lines:
             for index, _, call in reversed(list(_launches(line, problems))):
                 problem, choice, layout = chosen[line.name, index]
-                kernel, operands = self._install(edit, problem, choice), list(call.args[1])
+                if choice.name not in installed:
+                    installed[choice.name] = self._install(edit, problem, choice)
+                kernel, operands = installed[choice.name], list(call.args[1])
                 before = []
                 if layout is not None:
                     before = [bind("packed", _pack(operands[1], layout))]
@@ -159,7 +163,7 @@ def _sharing(
     """The problem of an embedding over a table in the layout that a matmul reads, and this layout; else as it was."""
     if isinstance(problem, Embedding) and call.args[1][1] in line.params:
         layout = shared.get(call.args[1][1].name)
-        if isinstance(layout, Tiled):
+        if isinstance(layout, Tiled | TiledPairs):
             return changed_copy(problem, layout=layout.name), layout
     return problem, None
 

@@ -45,8 +45,10 @@ def matmul_kernels(machine: Machine) -> list[Kernel]:
             weights=_PACKED,
             cost=blocked_cost(machine),
         ),
-        Kernel("plain_rows", "matmul", "primfunc", make(plain_rows), sizes=Box.of(M=(1, _FEW_ROWS))),
         Kernel(
             "plain_panels", "matmul", "primfunc", make(plain_panels), sizes=Box.of(M=(_FEW_ROWS + 1, None))
         ),
+        Kernel(
+            "plain_rows", "matmul", "primfunc", make(plain_rows)
+        ),  # valid for all, so that it may be pinned
     ]

@@ -18,6 +18,9 @@ from relax_llm.errors import KernelError
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.problem import Problem, require_positive, tag
 
+_BYTES = {"f32": 4, "bf16": 2}
+"""Bytes of an element of the weight, by format."""
+
 
 @dataclass(frozen=True)
 class Matmul(Problem):
@@ -44,6 +47,10 @@ class Matmul(Problem):
 
     def __post_init__(self) -> None:
         require_positive(self, "n", "k")
+        if self.weight_format not in _BYTES:
+            raise KernelError(
+                f"The weight format {self.weight_format!r} is not known; known: {', '.join(_BYTES)}."
+            )
         if self.gated and self.n % 2:
             raise KernelError(f"A gated product needs an even number of rows of its weight, not {self.n}.")
         if self.activation is not None and self.activation not in _FLOAT64:
@@ -62,7 +69,7 @@ class Matmul(Problem):
 
     @property
     def bytes(self) -> str:
-        weights = 4 * self.n * (self.k + self.bias)
+        weights = self.n * (_BYTES[self.weight_format] * self.k + 4 * self.bias)
         return f"{weights} + {4 * (self.k + self.outputs * (1 + self.residual))}*batch*seq"
 
 
@@ -87,11 +94,13 @@ def definition(problem: Matmul, *, flat: bool = False) -> PrimFunc:
     names = ("M",) if flat else ("batch", "seq")
     outer = tuple(tirx.Var(name, "int64") for name in names)
     x = te.placeholder((*outer, problem.k), name="x")
-    weight = te.placeholder((problem.n, problem.k), name="weight")
+    half_wide = problem.weight_format == "bf16"
+    weight = te.placeholder((problem.n, problem.k), "uint16" if half_wide else "float32", name="weight")
+    stored: Callable[[Expr], Expr] = _widened if half_wide else _identity
     k = te.reduce_axis((0, problem.k), name="k")
     product = te.compute(
         (*outer, problem.n),
-        lambda *at: te.sum(x[_ending(at, k)] * weight[at[-1], k], axis=k),
+        lambda *at: te.sum(x[_ending(at, k)] * stored(weight[at[-1], k]), axis=k),
         name="matmul",
     )
     inputs, out = [x, weight], product
@@ -144,6 +153,11 @@ def reference(problem: Matmul, inputs: Mapping[str, npt.NDArray[Any]]) -> npt.ND
 def _ending(at: tuple[Expr, ...], last: Expr) -> tuple[Expr, ...]:
     """Indices with another one for the last axis."""
     return (*at[:-1], last)
+
+
+def _widened(bits: Expr) -> Expr:
+    """The f32 that bf16 bits stand for."""
+    return tirx.reinterpret("float32", tirx.Cast("uint32", bits) << tirx.const(16, "uint32"))
 
 
 def _identity(x: Expr) -> Expr:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import ml_dtypes
 import numpy as np
 from tvm import te, tirx
 from tvm.tirx import PrimFunc
@@ -30,10 +31,10 @@ def _launched(problem: Embedding, layout: Layout | None) -> tuple[Operand, ...]:
 
 
 def _operands(problem: Embedding, outer: tuple[str, ...]) -> tuple[Operand, ...]:
-    table = parse(problem.layout or "plain").shape(problem.rows, problem.hidden)
+    layout = parse(problem.layout or "plain")
     return (
         Operand("ids", outer, "int32"),
-        Operand("table", table, role="weight"),
+        Operand("table", layout.shape(problem.rows, problem.hidden), layout.dtype, "weight"),
         Operand("out", (*outer, problem.hidden), role="output"),
     )
 
@@ -42,13 +43,17 @@ def embedding_definition(problem: Embedding) -> PrimFunc:
     """Plain loops: block "picked"."""
     rows = tirx.Var("M", "int64")
     ids = te.placeholder((rows,), "int32", name="ids")
-    shape = parse(problem.layout or "plain").shape(problem.rows, problem.hidden)
-    table = te.placeholder(shape, name="table")
+    layout = parse(problem.layout or "plain")
+    shape = layout.shape(problem.rows, problem.hidden)
+    table = te.placeholder(shape, layout.dtype, name="table")
 
     def picked(row: tirx.Var, column: tirx.Var) -> tirx.Expr:
         index = tirx.Cast("int64", ids[row])
         if len(shape) == 2:
             return table[index, column]
+        if len(shape) == 4:
+            bits = table[index // shape[2], column // 2, index % shape[2], column % 2]
+            return tirx.reinterpret("float32", tirx.Cast("uint32", bits) << tirx.const(16, "uint32"))
         return table[index // shape[2], column, index % shape[2]]
 
     out = te.compute((rows, problem.hidden), picked, name="picked")
@@ -72,6 +77,9 @@ def embedding_expected(
 ) -> dict[str, Expected]:
     """Rows of the table, bit for bit."""
     table, ids = values["table"], values["ids"].reshape(-1)
+    if table.ndim == 4:
+        bits = table.transpose(0, 2, 1, 3).reshape(table.shape[0] * table.shape[2], -1)[:, : problem.hidden]
+        table = np.ascontiguousarray(bits).view(ml_dtypes.bfloat16)
     if table.ndim == 3:
         table = table.transpose(0, 2, 1).reshape(-1, problem.hidden)
     right = table[ids].astype(np.float64)
@@ -84,7 +92,13 @@ EMBEDDING = Operator(
     embedding_definition,
     embedding_inputs,
     embedding_expected,
-    samples=(Embedding(1, 1), Embedding(257, 17), Embedding(33, 64), Embedding(70, 20, "tiled32")),
+    samples=(
+        Embedding(1, 1),
+        Embedding(257, 17),
+        Embedding(33, 64),
+        Embedding(70, 20, "tiled32"),
+        Embedding(70, 19, "tiled32_bf16"),
+    ),
     benchmarks=(Embedding(49152, 576), Embedding(128256, 2048)),
     mistakes=(Mistake({"rows": 0, "hidden": 4}, "at least 1"),),
     launch=_launched,

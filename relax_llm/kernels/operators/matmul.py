@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -69,6 +70,8 @@ def _reals(problem: Matmul, rows: int, rng: np.random.Generator) -> dict[str, Ar
     """Normal numbers; the weight scaled so that products are of order 1, where activations bend."""
     made = {name: rng.standard_normal(shape, np.float32) for name, shape in _shapes(problem, rows)}
     made["weight"] *= np.float32(1 / math.sqrt(problem.k))
+    if problem.weight_format == "bf16":  # what the kernel reads is what the reference reads
+        made["weight"] = made["weight"].astype(ml_dtypes.bfloat16).astype(np.float32)
     return made
 
 
@@ -183,6 +186,9 @@ MATMUL = Operator(
         Matmul(64, 17, activation="silu", gated=True),
         Matmul(150, 77, bias=True, activation="gelu_tanh", gated=True, residual=True),
         Matmul(16, 2000, residual=True),
+        Matmul(48, 64, "bf16"),
+        Matmul(70, 33, "bf16", activation="silu", gated=True),
+        Matmul(21, 19, "bf16", bias=True, residual=True),
     ),
     benchmarks=(
         *(Matmul(n, k) for n, k in ((960, 576), (576, 576), (576, 1536), (49152, 576))),
@@ -196,6 +202,7 @@ MATMUL = Operator(
     mistakes=(
         Mistake({"n": 0, "k": 4}, "at least 1"),
         Mistake({"n": 4, "k": -1}, "at least 1"),
+        Mistake({"n": 4, "k": 4, "weight_format": "q3"}, "q3"),
         Mistake({"n": 5, "k": 4, "gated": True}, "even"),
         Mistake({"n": 4, "k": 4, "activation": "sinc"}, "sinc"),
     ),
