@@ -26,9 +26,11 @@ from relax_llm.kernels.vectormath import ACTIVATIONS
 from relax_llm.plan.kernel import Kernel, kernel
 from relax_llm.plan.sizes import Box
 
+from ..machines import PLAINER
+
 NoProcess = Callable[[], None]
 
-MACHINE = machine()
+MACHINE = machine(PLAINER)
 EPILOGUES = ("bias", "activation", "gate", "residual")
 SMALL = Matmul(n=48, k=64)  # Buffers of whole cache lines: out of bounds is at once inaccessible memory.
 ODD = Matmul(n=21, k=19)  # Buffers with a few bytes of room behind them.

@@ -16,7 +16,8 @@ from relax_llm.kernels.operators import OPERATORS, Mistake, Operator
 from relax_llm.kernels.problem import Problem, problem_of
 from relax_llm.plan.kernel import AXES, kernel
 
-from .bench import every_machine, generate, launch_function, machine_of
+from ..machines import PLAINER
+from .bench import generate, launch_function, machine_of, machines
 from .guarded import InOut, Out
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from relax_llm.kernels.operators import Operand
 
+ANY = machine(PLAINER)
 SAMPLES = [(record, problem) for record in OPERATORS.values() for problem in record.samples]
 samples = pytest.mark.parametrize(
     ("record", "problem"), SAMPLES, ids=[problem.name for _, problem in SAMPLES]
@@ -59,7 +61,7 @@ def test_operands_are_well_formed(record: Operator, problem: Problem) -> None:
 @samples
 def test_inputs_and_results_have_the_operands_shapes(record: Operator, problem: Problem) -> None:
     rng = np.random.default_rng(0)
-    for point in list(sizes(record, built_in(problem, machine())[0].sizes))[::5]:
+    for point in list(sizes(record, built_in(problem, ANY)[0].sizes))[::5]:
         every = all_sizes(record, point)
         for exact in (False, True):
             values = record.inputs(problem, every, rng, exact)
@@ -91,7 +93,7 @@ def _arguments(operands: Sequence[Operand], values: Mapping[str, Any], every: Ma
     return given
 
 
-@every_machine
+@machines
 @samples
 def test_the_kernel_that_ships_is_right(on: str, record: Operator, problem: Problem) -> None:
     """As the model launches it, with [batch, seq] rows, on guarded memory; its weight packed as it wants."""
@@ -124,7 +126,7 @@ def test_the_definition_passes_the_check(record: Operator, problem: Problem) -> 
     def as_defined(schedule: Any, problem: Any) -> None:
         del schedule, problem
 
-    assert check(realize(as_defined, problem, machine()), machine()).startswith("checked at")
+    assert check(realize(as_defined, problem, ANY), ANY).startswith("checked at")
     assert problem_of(record.definition(problem)) == problem
 
 
@@ -141,18 +143,18 @@ def test_a_kernel_that_does_nothing_is_refused(record: Operator, problem: Proble
         del problem, arrays
 
     with pytest.raises(KernelError, match=r"'idle' is refused for .* at .*(never written|is right)"):
-        check(realize(idle, problem, machine()), machine())
+        check(realize(idle, problem, ANY), ANY)
 
 
 @samples
 def test_a_result_that_is_off_is_refused(record: Operator, problem: Problem) -> None:
     """One element of each result, wrong by three times its bound and then some, is found."""
     for at, result in enumerate(o for o in record.operands(problem, None) if o.is_result):
-        made = realize(_off(record, problem, at), problem, machine())
+        made = realize(_off(record, problem, at), problem, ANY)
         with pytest.raises(
             KernelError, match=rf"is refused .*{'is' if result.name == 'out' else result.name}"
         ):
-            check(made, machine())
+            check(made, ANY)
 
 
 def _off(record: Operator, problem: Problem, which: int) -> Any:
@@ -199,8 +201,8 @@ def test_a_python_kernel_that_is_right_passes() -> None:
                 values[name][...] = found.right
 
         made = kernel(record.name, form="python", name="right", absorbs=_all_epilogues(record))(right)
-        realized: Realized = realize(made, problem, machine())
-        assert check(realized, machine()).startswith("checked at")
+        realized: Realized = realize(made, problem, ANY)
+        assert check(realized, ANY).startswith("checked at")
 
 
 @pytest.mark.parametrize(
