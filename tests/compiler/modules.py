@@ -11,6 +11,7 @@ from tvm import relax
 from relax_llm.compiler.export import export
 from relax_llm.compiler.pipeline import pipeline, run
 from relax_llm.compiler.planner import Planner
+from relax_llm.kernels.dispatch import INTERNAL, OPEN
 from relax_llm.kernels.machine import machine
 from relax_llm.layers import Fields
 from relax_llm.models import gpt2, llama
@@ -88,6 +89,15 @@ def kernels_of(mod: IRModule) -> dict[str, PrimFunc]:
     """The functions of a module that are not Relax."""
     return {
         var.name_hint: func for var, func in mod.functions_items() if not isinstance(func, relax.Function)
+    }
+
+
+def called_of(mod: IRModule) -> dict[str, PrimFunc]:
+    """Those that a Relax function may launch: no kernel that a dispatcher calls, no dispatcher that asks the host."""
+    return {
+        name: func
+        for name, func in kernels_of(mod).items()
+        if not any(mark in (func.attrs or {}) for mark in (INTERNAL, OPEN))
     }
 
 

@@ -13,10 +13,11 @@ from relax_llm.artifact.formulas import evaluate
 from relax_llm.compiler import launches
 from relax_llm.compiler.export import ENTRIES
 from relax_llm.compiler.passes.lift_weights import weight_recipes
+from relax_llm.kernels.dispatch import OPEN
 from relax_llm.kernels.machine import CODE_GENERATION, machine
 from relax_llm.kernels.problem import problem_of
 
-from .modules import MODELS, TARGET, functions_of, kernels_of, lowered, stages
+from .modules import MODELS, TARGET, called_of, functions_of, kernels_of, lowered, stages
 
 if TYPE_CHECKING:
     from tvm import IRModule
@@ -56,7 +57,10 @@ def test_nothing_is_left_but_launches(model: str) -> None:
 def test_every_kernel_is_scheduled_and_launched(model: str) -> None:
     mod = _final(model)
     used = {launch.kernel for calls in launches.functions(mod).values() for launch in calls}
-    assert kernels_of(mod).keys() == used
+    assert called_of(mod).keys() == used
+    for name, func in kernels_of(mod).items():
+        if OPEN in func.attrs:
+            assert func.attrs[OPEN] in used, f"{name} stands beside nothing"
     for name, func in kernels_of(mod).items():
         assert bool(func.attrs["tirx.is_scheduled"]), f"{name} is left as plain loops"
         assert not name.startswith("loops_")
@@ -101,7 +105,7 @@ def test_costs_are_formulas(model: str) -> None:
     mod = _final(model)
     sizes = {"batch": 2, "seq": 3, "kv_len": 40, "tiles": 4}
     kernels = launches.kernels(mod, launches.functions(mod))
-    assert kernels.keys() == kernels_of(mod).keys()
+    assert kernels.keys() == called_of(mod).keys()
     for name, kernel in kernels.items():
         assert evaluate(kernel.flops, sizes) >= 0, name
         assert evaluate(kernel.bytes, sizes) > 0, name
