@@ -167,7 +167,8 @@ def _summarize(rows: Sequence[Row]) -> None:
         f"\nOver the fastest peer: geometric mean {mean:.2f}, worst {worst.ratio:.2f} ({worst.shape}, M = {worst.m}), "
     )
     print(
-        f"{len(below)} of {len(rows)} sizes below 0.95. The plan's kernel takes at most {regret:.2f} times our best one's time."
+        f"{len(below)} of {len(rows)} sizes below 0.95. The plan's kernel takes at most {regret:.2f} times our best "
+        "one's time."
     )
     for name, part in (("M = 1", [r for r in rows if r.m == 1]), ("M >= 32", [r for r in rows if r.m >= 32])):
         if part:

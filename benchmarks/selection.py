@@ -132,7 +132,7 @@ def main() -> None:
     bars = Bars()
     spread = distribution(None)
     deadline = Deadline(options.budget)
-    tuning = survey_of(options.checkpoint, gather(options.kernels), None, deadline, bars)
+    tuning = survey_of(options.checkpoint, "f32", gather(options.kernels), None, deadline, bars)
     competing = tuning.competing()
     findings = contests(tuning, competing, Deadline(math.inf))
     with bars.task("Tuning", 1):

@@ -37,6 +37,7 @@ def tune(
             rich_help_panel=_OUTPUT,
         ),
     ] = None,
+    weights: o.Weights = None,
     kernels: o.Kernels = None,
     architecture: o.Architecture = None,
     budget: Annotated[
@@ -89,12 +90,13 @@ def tune(
             raise InputError(f"{file} cannot be written: there is no directory {file.parent}.")
     check_threads(threads)
     if is_artifact(model):
-        refuse_compile_options(model, architecture=architecture)
+        refuse_compile_options(model, weights=weights, architecture=architecture)
     bars = InterruptibleBars()
     try:
         with bars.listening():
             plan = tuned(
                 model,
+                weights=weights or "f32",
                 kernels=kernels or (),
                 budget=budget,
                 histogram=histogram,
@@ -121,7 +123,8 @@ def tune(
     else:
         _show(plan)
         if output is not None:
-            screen.hint(f"To compile by it: relax-llm compile {model} -o DIR --plan {output}")
+            stored = f" --weights {weights}" if weights else ""
+            screen.hint(f"To compile by it: relax-llm compile {model}{stored} -o DIR --plan {output}")
         else:
             screen.hint("To keep the plan, name a file for it with -o.")
 

@@ -68,6 +68,7 @@ def build(
 
         mod = run(mod, to_launches, watch)
         instructions = run(mod, to_instructions, watch, launches_stay=True)
+    unused = planner.unused()
     calls = launches.functions(mod)
     recipes = weight_recipes(mod)
     weights = _weights(mod, recipes)
@@ -92,7 +93,7 @@ def build(
             return by_name[weight.name].make(read, layouts.__getitem__)
 
         write(file, weights, make)
-    notes = [*unlinked, *checkpoint.notes, *_save_tokenizer(checkpoint, directory), *warnings]
+    notes = [*unlinked, *checkpoint.notes, *unused, *_save_tokenizer(checkpoint, directory), *warnings]
     hidden = mod["hidden"].ret_ty.shape[-1]
     finish(
         directory,

@@ -136,6 +136,26 @@ class Planner:
         ]
         return Plan(tuple(entries), self._plan.machine if self._plan else {})
 
+    def unused(self) -> list[str]:
+        """The problems of the plan given that the model does not have, one sentence each.
+
+        Raises:
+            PlanError: It has none of them: the plan is for another model, or for other weights.
+        """
+        if self._plan is None:
+            return []
+        met = {id(entry) for _, _, entry in self._choices if entry is not None}
+        left = [entry for entry in self._plan.entries if id(entry) not in met]
+        if self._plan.entries and not met:
+            raise PlanError(
+                f"The plan given names no problem of this model: it is for {left[0].problem} at {left[0].sites[0]} and "
+                "others. Is it for another model, or for another format of weights?"
+            )
+        return [
+            f"The plan given has an entry for {entry.problem} at {', '.join(entry.sites[:3])}, which is not there."
+            for entry in left
+        ]
+
     def compiled(self) -> list[Realized]:
         """The kernels of all choices so far, each once."""
         found = {r.symbol: r for choice in self._choices.values() for r in choice.realized.values()}

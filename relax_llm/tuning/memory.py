@@ -44,7 +44,8 @@ class Memory:
             size: Bytes.
         """
         self._bytes = _aligned(size)
-        pattern = np.random.default_rng(0).uniform(0.01, 0.02, _PATTERN).astype(np.float32).view(np.uint8)
+        bits = np.random.default_rng(0).uniform(0.01, 0.02, _PATTERN).astype(np.float32).view(np.uint32)
+        pattern = (bits & 0xFFFF0000 | bits >> 16).view(np.uint8)  # ordinary numbers as bf16, too
         for start in range(0, len(self._bytes), len(pattern)):
             part = self._bytes[start : start + len(pattern)]
             part[:] = pattern[: len(part)]

@@ -34,9 +34,13 @@ class Survey(Planner):
     """
 
     def __init__(
-        self, machine: Machine, kernels: Sequence[Kernel], check: Callable[[Realized, Machine], str]
+        self,
+        machine: Machine,
+        kernels: Sequence[Kernel],
+        check: Callable[[Realized, Machine], str],
+        weights: str = "f32",
     ) -> None:
-        super().__init__(machine, kernels, check=check)
+        super().__init__(machine, kernels, check=check, weights=weights)
         self.check = check
         self.kernels = tuple(kernels)
         self.problems: dict[str, Problem] = {}

@@ -12,6 +12,7 @@ import numpy as np
 from relax_llm import cpu, ffi
 from relax_llm.artifact.artifact import Artifact, load, versions
 from relax_llm.checkpoint import Checkpoint, open_checkpoint
+from relax_llm.compiler.compile import WEIGHT_FORMATS
 from relax_llm.compiler.user_kernels import gather
 from relax_llm.errors import InputError
 from relax_llm.plan.kernel import Kernel
@@ -40,6 +41,7 @@ _ACTIVATIONS = 2**28
 def tune(
     checkpoint: str | os.PathLike[str] | Checkpoint | Artifact,
     *,
+    weights: str = "f32",
     kernels: Sequence[Kernel | str | os.PathLike[str]] = (),
     budget: float = 30.0,
     histogram: Given = None,
@@ -53,6 +55,7 @@ def tune(
 
     Args:
         checkpoint: What `compile` takes, or an artifact or its directory.
+        weights: How matrices are stored, as for `compile`; an artifact knows it by itself.
         kernels: Kernels of yours, or Python files with some, as for `compile`; they compete by measurement.
         budget: Seconds that tuning may take in all, beside the first check of a kernel of yours. With 0 nothing is
             measured, and the plan is the one that `compile` makes by itself.
@@ -80,13 +83,15 @@ def tune(
         raise InputError(f"The budget must be seconds, 0 or above, not {budget!r}.")
     if isinstance(max_kernels, bool) or not isinstance(max_kernels, int) or max_kernels < 1:
         raise InputError(f"max_kernels must be a whole number, 1 or above, not {max_kernels!r}.")
+    if weights not in WEIGHT_FORMATS:
+        raise InputError(f"The weight format {weights!r} is not known; known: {', '.join(WEIGHT_FORMATS)}.")
     deadline = Deadline(budget)
     chosen = distribution(histogram)
     if threads is not None:
         set_threads(threads)
     ffi.runtime()
     reports = progress or Silent()
-    tuning = survey_of(checkpoint, gather(kernels), architecture, deadline, reports)
+    tuning = survey_of(checkpoint, weights, gather(kernels), architecture, deadline, reports)
     settings = {
         "budget_seconds": budget,
         "distribution": chosen.text,
@@ -139,6 +144,7 @@ class Tuning:
 
 def survey_of(
     checkpoint: str | os.PathLike[str] | Checkpoint | Artifact,
+    weights: str,
     kernels: Sequence[Kernel],
     architecture: Any,
     deadline: Deadline,
@@ -157,7 +163,7 @@ def survey_of(
         with deadline.paused():  # once for a kernel, and not tuning's to hurry
             return check(realized, machine)
 
-    survey = Survey(here, kernels, checked)
+    survey = Survey(here, kernels, checked, weights)
     artifact = _artifact(checkpoint)
     if artifact is not None:
         if artifact.manifest.target != here.name:

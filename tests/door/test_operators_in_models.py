@@ -315,6 +315,8 @@ def test_an_edited_plan_decides(checkpoints: dict[str, Path], tmp_path: Path) ->
     edited.write_text(json.dumps(plan))
     with pytest.raises(PlanError, match=re.escape("valid for M = 1..8")):
         rl.compile(checkpoints[LLAMA], kernels=kernels, plan=edited)
+    with pytest.raises(PlanError, match="names no problem of this model"):
+        rl.compile(checkpoints[GPT2], plan=first)
     with pytest.raises(PlanError, match="cannot be read"):
         rl.compile(checkpoints[LLAMA], plan=tmp_path / "none.json")
 
