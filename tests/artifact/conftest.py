@@ -12,6 +12,7 @@ import pytest
 import relax_llm as rl
 from relax_llm.artifact.artifact import describe
 
+from ..machines import PLAINER
 from .checkpoints import LLAMA, write
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> rl.Artifact:
     """It, compiled; not to be changed."""
-    return rl.compile(checkpoint, output=tmp_path_factory.mktemp("artifact") / "tiny")
+    return rl.compile(checkpoint, output=tmp_path_factory.mktemp("artifact") / "tiny", target=PLAINER)
 
 
 @pytest.fixture

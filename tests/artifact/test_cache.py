@@ -22,6 +22,7 @@ from relax_llm.compiler import compile as compiling
 from relax_llm.errors import ArchitectureError, ArtifactError, CheckpointError, CompileError
 from relax_llm.layers import Decoder
 
+from ..machines import PLAINER
 from .checkpoints import LLAMA, llama_shapes, tensors_for, write
 from .process import finish, forbid, run, start
 
@@ -356,12 +357,12 @@ def test_an_unknown_target_leaves_nothing(cache: Path, own: Path) -> None:
     assert _entries(cache) == []
 
 
-COMPILE = """
+COMPILE = f"""
 import json, sys
 import relax_llm as rl
 
-artifact = rl.compile(sys.argv[1])
-print(json.dumps({"path": str(artifact.path), "tvm": "tvm" in sys.modules}))
+artifact = rl.compile(sys.argv[1], target={PLAINER!r})
+print(json.dumps({{"path": str(artifact.path), "tvm": "tvm" in sys.modules}}))
 """
 
 
@@ -374,7 +375,7 @@ def test_a_hit_needs_no_compiler(cache: Path, own: Path, tmp_path: Path) -> None
     second = run(forbidden + COMPILE, own, env=environment)
     assert second == {"path": first["path"], "tvm": False}
     with pytest.raises(AssertionError, match="was imported"):
-        run(forbidden + COMPILE.replace("argv[1])", "argv[1], target='x86-64')"), own, env=environment)
+        run(forbidden + COMPILE.replace(f"target={PLAINER!r}", "target='x86-64'"), own, env=environment)
 
 
 def test_two_processes_at_once(cache: Path, own: Path, tmp_path: Path) -> None:
@@ -389,7 +390,7 @@ def test_two_processes_at_once(cache: Path, own: Path, tmp_path: Path) -> None:
     assert np.isfinite(runner.prefill(runner.start(), [1, 2, 3])).all()
 
 
-INTERRUPTED = """
+INTERRUPTED = f"""
 import contextlib, json, os, resource, signal, sys
 import relax_llm as rl
 from relax_llm.progress import Silent
@@ -403,7 +404,7 @@ class Trap(Silent):
         yield lambda _: None
 
 
-rl.compile(sys.argv[1], progress=Trap())
+rl.compile(sys.argv[1], progress=Trap(), target={PLAINER!r})
 """
 
 
@@ -419,7 +420,7 @@ def test_an_interrupted_build_is_not_taken_for_a_whole_one(
     assert all(entry.startswith(".") for entry in left)
     if name == "SIGINT":
         assert left == [], "what can be cleaned up is cleaned up"
-    artifact = rl.compile(own)
+    artifact = rl.compile(own, target=PLAINER)
     assert len(builds) == 1
     assert rl.load(artifact.path) == artifact
     assert [entry for entry in _entries(cache) if not entry.startswith(".")] == [artifact.path.name]
@@ -444,7 +445,9 @@ except RelaxLLMError as error:
 def test_a_full_disk(tmp_path: Path) -> None:
     """The library still fits, the weights do not."""
     large, out = write(tmp_path / "large", {**LLAMA, "vocab_size": 60_000}), tmp_path / "out"
-    kind, message = run(FULL, large, 4_000_000, json.dumps({"output": str(out), "cache": False}))
+    kind, message = run(
+        FULL, large, 4_000_000, json.dumps({"output": str(out), "cache": False, "target": PLAINER})
+    )
     assert kind == "ArtifactError"
     assert message == f"{out} cannot be written: File too large."
     assert [path.name for path in tmp_path.iterdir()] == ["large"]

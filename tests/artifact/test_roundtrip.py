@@ -16,6 +16,7 @@ from relax_llm.artifact.manifest import Manifest, Weight
 from relax_llm.artifact.weights import ALIGNMENT, read, write
 from relax_llm.errors import ArtifactError
 
+from ..machines import PLAINER
 from .checkpoints import LLAMA, write as write_checkpoint
 from .process import COMPILERS, forbid, run
 
@@ -192,7 +193,9 @@ print(json.dumps({"weights": weights, "anonymous": anonymous}))
 def test_weights_are_in_memory_once(artifact: rl.Artifact, tmp_path: Path) -> None:
     """They stay a map of the file, whose pages every process shares; no page of it is copied."""
     config = {**LLAMA, "vocab_size": 40_000, "hidden_size": 256}
-    large = rl.compile(write_checkpoint(tmp_path / "large", config), output=tmp_path / "out", cache=False)
+    large = rl.compile(
+        write_checkpoint(tmp_path / "large", config), output=tmp_path / "out", cache=False, target=PLAINER
+    )
     size = (large.path / "weights.safetensors").stat().st_size
     assert size > 40_000_000
     result = run(MEMORY, large.path)

@@ -15,6 +15,7 @@ from relax_llm.models.gpt2 import GPT2 as GPT2_DECODER
 from relax_llm.models.llama import Llama
 
 from ..artifact.checkpoints import LLAMA, write
+from ..machines import PLAINER
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -145,7 +146,9 @@ def test_a_model_of_ones_own_runs(tmp_path: Path, way: str) -> None:
     tensors = _tensors()
     checkpoint = write(tmp_path / "checkpoint", CONFIG, tensors)
     choice: Any = path if way == "a file" else find(CONFIG, path)
-    artifact = rl.compile(checkpoint, architecture=choice, output=tmp_path / "out", cache=False)
+    artifact = rl.compile(
+        checkpoint, architecture=choice, output=tmp_path / "out", cache=False, target=PLAINER
+    )
     assert artifact.manifest.architecture.endswith(".Bigram")
     assert artifact.manifest.caches == ()
     runner = rl.Runner(artifact)

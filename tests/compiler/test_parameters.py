@@ -16,6 +16,7 @@ from relax_llm.layers import Fields
 from relax_llm.models import gpt2, llama
 
 from ..artifact.checkpoints import GPT2, LLAMA, gpt2_shapes, llama_shapes, tensors_for, write
+from ..machines import PLAINER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -176,7 +177,7 @@ def test_nan_in_weights_warns_once_and_stays_in_the_notes(tmp_path: Path) -> Non
     checkpoint = write(tmp_path / "checkpoint", LLAMA, tensors)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        artifact = rl.compile(checkpoint, output=tmp_path / "out", cache=False)
+        artifact = rl.compile(checkpoint, output=tmp_path / "out", cache=False, target=PLAINER)
     sentence = "Tensor 'model.embed_tokens.weight' contains NaN; whatever passes through it is lost."
     assert [str(warning.message) for warning in caught if warning.category is RuntimeWarning] == [sentence]
     assert caught[0].filename == __file__, "the warning points at the user's line"
