@@ -95,7 +95,7 @@ def test_no_chat_template_is_told_before_the_first_turn(
 
 def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(terminal: Terminal, tmp_path: Path) -> None:
     terminal.press("Hello\r")
-    said = terminal.wait_for(r"Hello\n.{20}").end()
+    said = terminal.wait_for(r">>> Hello\n(?s:.{20})").end()
     terminal.press(CTRL_C)
     terminal.wait_for("Ctrl-C once more leaves", after=said)
     terminal.wait_for(AT_PROMPT, after=said)
@@ -106,7 +106,7 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(terminal: Terminal
     assert question["content"] == "Hello"
     assert len(answer["content"]) > 10
     terminal.press("And you?\r")
-    said = terminal.wait_for(r"And you\?\n.{20}").end()
+    said = terminal.wait_for(r">>> And you\?\n(?s:.{20})").end()
     terminal.press(CTRL_C)
     terminal.wait_for(AT_PROMPT, after=said)
     terminal.press(CTRL_D)
