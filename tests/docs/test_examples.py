@@ -30,7 +30,7 @@ NOT_RUN = {
     "pip install .": "changes the environment that the tests run in",
     'pip install "relax-llm[hf] @ ."': "changes the environment that the tests run in",
     "relax-llm chat": "waits for a person",
-    "python -m benchmarks.llm         # prefill and decode of a whole model, beside PyTorch": "takes minutes, and measures a quiet machine",
+    "python -m benchmarks.llm         # a whole model, beside PyTorch": "takes minutes, and measures a quiet machine",
 }
 """First lines of blocks that are not run, and why."""
 
