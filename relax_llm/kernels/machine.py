@@ -17,17 +17,21 @@ CODE_GENERATION = {"tirx.disable_storage_rewrite": True}
 LANES = 16
 """f32 lanes of every vector in the kernels; LLVM splits them where registers are narrower."""
 
+CUDA = "cuda"
+_GPU = {"arch": "sm_80", "max_threads_per_block": 1024, "max_shared_memory_per_block": 49152, "thread_warp_size": 32}
+"""What kernels may count on: an architecture whose code later ones compile too, and its limits."""
+
 
 @dataclass(frozen=True)
 class Machine:
     """A processor as code generation sees it.
 
     Attributes:
-        name: An x86-64 level ("x86-64-v3") or an LLVM triple's architecture ("aarch64").
+        name: An x86-64 level ("x86-64-v3"), an LLVM triple's architecture ("aarch64"), or "cuda".
         features: What the generated code may use, in the spelling of /proc/cpuinfo; an artifact records it.
         vector_bits: Width of a vector register.
-        vector_registers: How many there are.
-        options: LLVM target options.
+        vector_registers: How many there are; 0 for a GPU, whose threads have scalars.
+        options: Target options.
     """
 
     name: str
@@ -45,6 +49,11 @@ class Machine:
     def architecture(self) -> str:
         """The instruction set family, as `relax_llm.cpu.architecture` spells it."""
         return "x86_64" if self.name in cpu.X86_LEVELS else self.name
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether kernels are divided among the threads of a GPU, and launched by a host."""
+        return self.name == CUDA
 
     @property
     def c_flags(self) -> list[str]:
@@ -67,7 +76,7 @@ def machine(name: str | None = None) -> Machine:
 
     Args:
         name: "x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4" (with what this host adds to it where it is the
-            host's own level), "aarch64", or None.
+            host's own level), "aarch64", "cuda" (an NVIDIA GPU, with this processor's family as its host), or None.
 
     Raises:
         CompileError: The name is not known.
@@ -89,5 +98,8 @@ def machine(name: str | None = None) -> Machine:
     if wanted == "aarch64":
         options = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]}
         return Machine(wanted, frozenset({"asimd"}), 128, 32, options)
-    known = ", ".join([*cpu.X86_LEVELS, "aarch64"])
+    if wanted == CUDA:
+        kind = {"kind": "llvm", "mtriple": f"{cpu.architecture()}-linux-gnu"}
+        return Machine(wanted, frozenset(), 32, 0, {"kind": "cuda", **_GPU, "host": kind})
+    known = ", ".join([*cpu.X86_LEVELS, "aarch64", CUDA])
     raise CompileError(f"The target {wanted!r} is not known. Known targets: {known}.")
