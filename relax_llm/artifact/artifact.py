@@ -29,6 +29,12 @@ OBJECTS = "lib.tar"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
 PLAN = "plan.json"
+SOURCE = "kernels.cu"
+
+HOW_TO_RUN_ON_GPU = (
+    "that takes an NVIDIA GPU, a build of TVM's runtime with CUDA and a host program that keeps its tensors there; "
+    f"`Runner` runs on processors. {SOURCE} is the source of the kernels."
+)
 
 _SAMPLED = 64 * 2**20
 _SAMPLE = 4096
@@ -62,6 +68,14 @@ class Artifact:
         """Which kernel serves each matmul at which sizes, and why."""
         path = self.path / PLAN
         return Plan.from_json(path.read_text(encoding="utf-8"), str(path))
+
+    def check_machine(self) -> None:
+        """Refuse to run what was made for another machine, where it was opened all the same.
+
+        Raises:
+            ArtifactError: Another TVM or processor is needed, or a GPU.
+        """
+        _check_machine(self.path, self.manifest)
 
     def check_kernels(self) -> None:
         """Refuse to run without the kernels written in Python that it calls.
@@ -173,6 +187,8 @@ def _check_machine(path: Path, manifest: Manifest) -> None:
                 f"{path} was compiled with {name} {made}, but {here} is installed; compile it again."
             )
     missing = sorted(set(manifest.features) - cpu.features()) if cpu.features() else []
+    if manifest.target == "cuda":
+        raise ArtifactError(f"{path} was compiled for cuda and cannot run here: {HOW_TO_RUN_ON_GPU}")
     family = "x86_64" if manifest.target.startswith("x86-64") else manifest.target
     if family != cpu.architecture():
         raise ArtifactError(

@@ -44,6 +44,9 @@ def inspect(
             "--rows", "-M", metavar="M", help="With --explain: at this many rows; short for --at M=..."
         ),
     ] = None,
+    cuda: Annotated[
+        bool, typer.Option("--cuda", help="Print the source of kernels compiled with --target cuda.")
+    ] = False,
     weights: o.Weights = None,
     architecture: o.Architecture = None,
     kernels: o.Kernels = None,
@@ -58,6 +61,9 @@ def inspect(
     path, manifest = report.open_manifest(
         named_or_default(model), weights=weights, architecture=architecture, kernels=kernels, target=target
     )
+    if cuda:
+        report.show_source(path, manifest)
+        return
     if explain is not None:
         sizes = {"M": rows} if rows is not None else {}
         sizes |= parse_sizes(at, {axis for axes in AXES.values() for axis in axes}) if at else {}

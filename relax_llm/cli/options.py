@@ -49,7 +49,7 @@ Target = Annotated[
     typer.Option(
         "--target",
         metavar="NAME",
-        help="Processor to compile for, such as x86-64-v3; by default this one.",
+        help="Processor to compile for, such as x86-64-v3, or cuda; by default this one.",
         rich_help_panel=_MODEL,
     ),
 ]

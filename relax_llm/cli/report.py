@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from relax_llm.artifact import formulas
-from relax_llm.artifact.artifact import LIBRARY, MANIFEST, OBJECTS, WEIGHTS, Artifact, load
+from relax_llm.artifact.artifact import LIBRARY, MANIFEST, OBJECTS, SOURCE, WEIGHTS, Artifact, load
 from relax_llm.artifact.manifest import Kernel, Manifest
 from relax_llm.cli import screen, tables
 from relax_llm.cli.kernel_table import kernel_uses, parse_sizes, problem_text, shapes_text, symbols
@@ -60,6 +60,19 @@ def open_manifest(model: str, **options: Any) -> tuple[Path, Manifest]:
     for text in manifest.notes:
         screen.note(text)
     return path, manifest
+
+
+def show_source(path: Path, manifest: Manifest) -> None:
+    """Print the source of an artifact's GPU kernels.
+
+    Raises:
+        InputError: It has none.
+    """
+    if SOURCE not in manifest.files:
+        raise InputError(
+            f"{path} was compiled for {manifest.target} and has no CUDA source; compile it with --target cuda."
+        )
+    screen.write((path / SOURCE).read_text(encoding="utf-8"))
 
 
 def sizes_at(text: str | None, manifest: Manifest, function: str) -> dict[str, int] | None:

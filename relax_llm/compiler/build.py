@@ -114,7 +114,7 @@ def build(
             weights=tuple(weights),
             kernels=launches.kernels(mod, calls),
             functions=calls,
-            dispatchers=launches.dispatchers(planner.choices()),
+            dispatchers={} if machine.is_gpu else launches.dispatchers(planner.choices()),
             python_kernels=tuple(planner.python_kernels()),
             notes=tuple(notes),
         ),

@@ -57,7 +57,8 @@ def compile(
         weights: How matrices are stored: "f32", or "bf16", which halves them; sums are f32 in both.
         architecture: A subclass of `relax_llm.layers.Decoder`, or a Python file with one; by default the built-in one
             for the checkpoint's model_type.
-        target: The processor to compile for: an x86-64 level such as "x86-64-v3"; by default this machine's.
+        target: The processor to compile for: an x86-64 level such as "x86-64-v3", "aarch64", or "cuda" for
+            an NVIDIA GPU; by default this machine's.
         kernels: Kernels of yours, made with `relax_llm.kernel`, or Python files with some. They come before the
             built-in ones, in this order; after them those of installed packages, by the entry point group
             "relax_llm.kernels".

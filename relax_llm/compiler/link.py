@@ -12,9 +12,9 @@ from tvm import relax
 from tvm.support import cc
 
 from relax_llm import cpu
-from relax_llm.artifact.artifact import LIBRARY, OBJECTS, how_to_link
+from relax_llm.artifact.artifact import HOW_TO_RUN_ON_GPU, LIBRARY, OBJECTS, SOURCE, how_to_link
 from relax_llm.errors import CompileError
-from relax_llm.kernels.machine import CODE_GENERATION, Machine
+from relax_llm.kernels.machine import CODE_GENERATION, CUDA, Machine
 
 _ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
 
@@ -42,6 +42,8 @@ def write_library(
 ) -> list[str]:
     """Generate code and link it, with the objects of kernels that came as C, into one shared library.
 
+    For a GPU the library holds the host's code and the kernels' source, which also stands in a file beside it.
+
     Args:
         mod: The lowered module.
         machine: What to generate for.
@@ -54,7 +56,7 @@ def write_library(
     Raises:
         CompileError: There is no C++ compiler, or code generation or linking failed.
     """
-    here = machine.architecture == cpu.architecture()
+    here = machine.is_gpu or machine.architecture == cpu.architecture()
     if here and cc.get_cc() is None:
         raise CompileError(
             "A C++ compiler is needed to link the kernels and none was found; install g++ or clang, or set CXX."
@@ -71,9 +73,13 @@ def write_library(
             options: dict[str, Any] = {"addons": [str(file) for file in files]}
             if linker:
                 options["fcompile"] = lambda output, inputs, **_: _link(linker, output, inputs)
+            if machine.is_gpu:
+                (directory / SOURCE).write_text(_device_source(executable.mod), encoding="utf-8")
             executable.export_library(str(directory / name), **options)
     except (RuntimeError, ValueError) as error:
         raise CompileError(f"Generating code for {machine.name} failed: {error}") from error
+    if machine.is_gpu:
+        return [f"This artifact holds kernels for a GPU, which cannot run here: {HOW_TO_RUN_ON_GPU}"]
     if name == LIBRARY:
         return []
     return [
@@ -93,6 +99,13 @@ def _refuse_foreign(objects: Sequence[bytes], machine: Machine) -> None:
                     f"A kernel in C was compiled for {made or 'another processor'}, by this machine's compiler; "
                     f"--target {machine.name} takes kernels in TVMScript and schedules only."
                 )
+
+
+def _device_source(module: Any) -> str:
+    """The source of the GPU's kernels in a module and in those that it imports."""
+    if module.kind == CUDA:
+        return str(module.inspect_source())
+    return "".join(_device_source(imported) for imported in module.imports)
 
 
 def _link(linker: list[str], output: str, inputs: Any) -> None:

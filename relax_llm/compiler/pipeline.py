@@ -212,7 +212,7 @@ def pipeline() -> Pipeline:
             Standard(theirs.AnnotateTIROpPattern),
             Standard(theirs.FuseOps),
             Standard(theirs.FuseTIR),
-            Standard(ScheduleRest),  # no plain loop stays
+            Standard(ScheduleRest, "machine"),  # no plain loop stays
             Launches(),
             Standard(theirs.ToNonDataflow),
             Standard(theirs.RemovePurityChecking),

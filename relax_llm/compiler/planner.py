@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from relax_llm.errors import KernelError, PlanError
 from relax_llm.kernels.checking import check
 from relax_llm.kernels.forms import Realized, realize
+from relax_llm.kernels.gpu_forms import try_for_gpu
 from relax_llm.kernels.layout import Layout
 from relax_llm.kernels.library import build, built_in
 from relax_llm.kernels.machine import Machine
@@ -192,7 +193,7 @@ class Planner:
         if entry is not None:
             ranges = entry.ranges
             self._check_entry(entry, able)
-        elif self._selection == "pinned":
+        elif self._selection == "pinned" or self.machine.is_gpu:
             ranges = (Range(Box().within(axes), able.kernels[0].name),)
         else:
             ranges = cover(able.kernels, problem, axes)
@@ -201,6 +202,8 @@ class Planner:
             served = [str(part) for part in ranges if part.kernel == kernel.name]
             if served:
                 reasons[kernel.name] = f"serves {' and '.join(served)}"
+            elif self.machine.is_gpu and entry is None:
+                reasons[kernel.name] = "a kernel before it serves the problem, and on a GPU one serves all sizes"
             elif self._selection == "pinned" and entry is None:
                 reasons[kernel.name] = "selection is pinned to one kernel for all sizes"
             elif entry:
@@ -213,14 +216,16 @@ class Planner:
                 reasons[kernel.name] += f"; {self._check(able.realized[kernel.name], self.machine)}"
         kernels = [*self._given, *built_in(problem, self.machine)]
         considered = [kernel for kernel in kernels if kernel.operator == problem.operator]
-        alone = len(able.kernels) == 1 and able.kernels[0] not in self._given and _is_direct(problem, able)
         used = dict.fromkeys(part.kernel for part in ranges)
+        alone = len(able.kernels) == 1 and able.kernels[0] not in self._given and _is_direct(problem, able)
+        if self.machine.is_gpu:
+            alone = not any(kernel.name in used for kernel in self._given)
         named = [kernel.name for kernel in self._given if kernel.name in used]
         return Choice(
             self._symbol("__".join([problem.name, "_".join(sorted(named))]) if named else problem.name),
             able.layout,
             ranges,
-            {} if alone else able.realized,
+            {} if alone else {k: r for k, r in able.realized.items() if k in used or not self.machine.is_gpu},
             tuple(Candidate(k.name, k.sizes, reasons[k.name]) for k in considered),
             entry.measurements if entry else (),
         )
@@ -231,6 +236,10 @@ class Planner:
         return next(name for name in names if name not in taken)
 
     def _check_entry(self, entry: Entry, able: _Able) -> None:
+        if self.machine.is_gpu and len({part.kernel for part in entry.ranges}) > 1:
+            raise PlanError(
+                f"The plan given wants several kernels for {entry.problem}, but on a GPU one kernel serves all sizes."
+            )
         for part in entry.ranges:
             if part.kernel not in able.realized:
                 reason = able.reasons.get(part.kernel, "no kernel has this name")
@@ -296,6 +305,8 @@ class Planner:
         missing = sorted(kernel.features - self.machine.features)
         if missing:
             return f"needs {', '.join(missing)}, which {self.machine.name} lacks"
+        if self.machine.is_gpu:
+            return try_for_gpu(kernel, problem, self.machine, given=kernel in self._given)
         if isinstance(problem, Matmul):
             if problem.weight_format not in kernel.weights:
                 return f"reads weights as {', '.join(sorted(kernel.weights))}, not {problem.weight_format}"

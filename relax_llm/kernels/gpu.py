@@ -95,6 +95,11 @@ def launched(
     return tag(b.prim_func(name, emit), problem)
 
 
+def has_threads(func: PrimFunc) -> bool:
+    """Whether a loop is bound to the threads of a GPU."""
+    return "blockIdx." in func.script() or "threadIdx." in func.script()
+
+
 def _by_element(func: PrimFunc) -> PrimFunc:
     """Every block by itself: a thread for each element that it writes, which does the reduction alone."""
     schedule = s_tir.Schedule(func)

@@ -6,6 +6,7 @@ from typing import Any
 from tvm.tirx import PrimFunc
 
 from relax_llm.kernels import attention, cache, lookup, norm, positions
+from relax_llm.kernels.gpu import gpu_kernel
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul.family import matmul_kernels
 from relax_llm.kernels.matmul.problem import Matmul
@@ -28,11 +29,13 @@ _BUILD: dict[type[Problem], tuple[str, Callable[[Any, Machine], PrimFunc]]] = {
 
 def build(problem: Problem, machine: Machine) -> PrimFunc:
     """The kernel that solves a problem at every size, as the model calls it."""
-    return _BUILD[type(problem)][1](problem, machine)
+    return gpu_kernel(problem, machine) if machine.is_gpu else _BUILD[type(problem)][1](problem, machine)
 
 
 def built_in(problem: Problem, machine: Machine) -> list[Kernel]:
     """The kernels that ship for a problem's operator, in the order of their precedence."""
+    if machine.is_gpu:
+        return [Kernel("dlight", problem.operator, "primfunc", lambda p: gpu_kernel(p, machine))]
     if isinstance(problem, Matmul):
         return matmul_kernels(machine)
     name, make = _BUILD[type(problem)]

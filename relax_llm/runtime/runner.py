@@ -60,6 +60,7 @@ class Runner:
         """
         if threads is not None:
             vm.set_threads(threads)
+        artifact.check_machine()
         artifact.check_kernels()
         manifest = artifact.manifest
         self.artifact = artifact

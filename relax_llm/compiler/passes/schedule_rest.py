@@ -1,11 +1,12 @@
-"""What no kernel serves still gets a CPU schedule: parallel over cores, vectors along the last axis."""
+"""What no kernel serves still gets a schedule: parallel over cores with vectors along the last axis, or GPU threads."""
 
 from dataclasses import dataclass
 
 from tvm import IRModule, s_tir
 from tvm.tirx import PrimFunc
 
-from relax_llm.kernels.machine import LANES
+from relax_llm.kernels.gpu import scheduled
+from relax_llm.kernels.machine import LANES, Machine
 
 SCHEDULED = "tirx.is_scheduled"
 
@@ -25,14 +26,22 @@ class ScheduleRest:
             for k_0 in range(3):
                 for k_1 in T.vectorized(16):
                     y[...] = a[...] + b[...]
+
+    For a GPU its threads take the elements instead.
+
+    Attributes:
+        machine: What to schedule for.
     """
+
+    machine: Machine
 
     def __call__(self, mod: IRModule) -> IRModule:
         """Schedule in place of the functions."""
         changed = mod.clone()
         for var, func in mod.functions_items():
             if isinstance(func, PrimFunc) and SCHEDULED not in (func.attrs or {}):
-                changed[var] = _schedule(func)
+                gpu = self.machine.is_gpu
+                changed[var] = scheduled(func, self.machine) if gpu else _schedule(func)
         return changed
 
 

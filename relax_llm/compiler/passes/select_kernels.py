@@ -12,6 +12,7 @@ from relax_llm.compiler.planner import Choice, Planner
 from relax_llm.compiler.recipes import joined_name
 from relax_llm.kernels.dispatch import OPEN_SUFFIX, Branch, dispatcher, internal, open_dispatcher
 from relax_llm.kernels.forms import Realized, sizes_of
+from relax_llm.kernels.gpu import launched
 from relax_llm.kernels.layout import Layout, Tiled, TiledPairs
 from relax_llm.kernels.library import build
 from relax_llm.kernels.lookup import Embedding
@@ -39,7 +40,8 @@ class SelectKernels:
         y = R.call_tir(matmul_n576_k1536_residual, (h, packed, r))
 
     Where several kernels serve a problem, what is called is a dispatcher: it compares the sizes and calls one of them.
-    Beside it stands an open one, which asks the host instead; only a controlled run calls it.
+    Beside it stands an open one, which asks the host instead; only a controlled run calls it. On a GPU one kernel serves a
+    problem, and its loops become the function's own.
 
     An embedding that shares its table with a matmul reads it in the matmul's layout, so that it is stored once.
 
@@ -61,7 +63,9 @@ class SelectKernels:
                     problem = changed_copy(problem, weight_format=self.planner.weights)
                     weight = call.args[1][1]
                     choice = self.planner.choose(problem, _site(line, [weight], problem))
-                    chosen[line.name, index] = problem, choice, choice.layout
+                    # On a GPU the definition's own kernel reads the weight as it is, as an embedding may beside it.
+                    packed = choice.layout if choice.realized or not self.planner.machine.is_gpu else None
+                    chosen[line.name, index] = problem, choice, packed
                     if weight in line.params and choice.layout:
                         shared[weight.name] = choice.layout
         for line in edit.lines:
@@ -91,6 +95,10 @@ class SelectKernels:
         """The function that the model calls: the one built-in kernel, or a dispatcher over several."""
         if not choice.realized:
             return edit.kernel(choice.name, partial(build, problem, self.planner.machine))
+        if self.planner.machine.is_gpu:
+            (only,) = choice.realized.values()
+            whole = partial(launched, problem, only.func, only.operands, choice.layout, choice.name)
+            return edit.kernel(choice.name, whole)
         branches = []
         for realized in choice.realized.values():
             kernel, sizes = self._callee(edit, realized)
