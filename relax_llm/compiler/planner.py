@@ -203,7 +203,9 @@ class Planner:
             if served:
                 reasons[kernel.name] = f"serves {' and '.join(served)}"
             elif self.machine.is_gpu and entry is None:
-                reasons[kernel.name] = "a kernel before it serves the problem, and on a GPU one serves all sizes"
+                reasons[kernel.name] = (
+                    "a kernel before it serves the problem, and on a GPU one serves all sizes"
+                )
             elif self._selection == "pinned" and entry is None:
                 reasons[kernel.name] = "selection is pinned to one kernel for all sizes"
             elif entry:

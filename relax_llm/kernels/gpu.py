@@ -35,8 +35,11 @@ def scheduled(func: PrimFunc, machine: Machine) -> PrimFunc:
     """Plain loops, bound to the threads of a GPU.
 
     dlight's fallback inlines what it can and gives every thread one element of what remains; where it cannot divide a
-    reduction, as among those of attention over a length that is not known, each block of loops is divided alone.
+    reduction, as among those of attention over a length that is not known, each block of loops is divided alone. So
+    it is where a sum has one term: dlight forgets that it is a sum, and puts what follows it into the sum itself.
     """
+    if _has_sum_of_one(func):
+        return _by_element(func).with_attr(_SCHEDULED, True)
     with machine.target:
         try:
             made = dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())(IRModule({"main": func}))["main"]
@@ -98,6 +101,21 @@ def launched(
 def has_threads(func: PrimFunc) -> bool:
     """Whether a loop is bound to the threads of a GPU."""
     return "blockIdx." in func.script() or "threadIdx." in func.script()
+
+
+def _has_sum_of_one(func: PrimFunc) -> bool:
+    schedule = s_tir.Schedule(func)
+    blocks = map(schedule.get, schedule.get_child_blocks(schedule.get_sblock("root")))
+    return any(
+        block.init is not None
+        and not any(_extent(var) != 1 for var in block.iter_vars if str(var.iter_type) != _SPATIAL)
+        for block in blocks
+    )
+
+
+def _extent(var: Any) -> int | None:
+    value = getattr(var.dom.extent, "value", None)
+    return None if value is None else int(value)
 
 
 def _by_element(func: PrimFunc) -> PrimFunc:

@@ -40,16 +40,17 @@ def try_for_gpu(kernel: Kernel, problem: Problem, machine: Machine, *, given: bo
     if kernel.layout == "tiled":
         raise KernelError(
             f"Kernel {kernel.name!r} reads the tiled layout, which fits the vectors of a processor; for a GPU say "
-            "layout=\"plain\", or give a Layout of yours."
+            'layout="plain", or give a Layout of yours.'
         )
     try:
         realized = realize(kernel, problem, machine)
     except Declined as reason:
         return f"declined: {reason}"
     if realized.objects or realized.python is not None:
+        form = "Python" if realized.python else "C"
         raise KernelError(
-            f"Kernel {kernel.name!r} is {'Python' if realized.python else 'C'}, which does not run on a GPU; give it as "
-            "TVMScript whose loops are bound to threads, or as a schedule that binds them."
+            f"Kernel {kernel.name!r} is {form}, which does not run on a GPU; give it as TVMScript whose "
+            "loops are bound to threads, or as a schedule that binds them."
         )
     if realized.problem != problem:
         return "leaves a part of the problem to other functions, and on a GPU one kernel computes all; see absorbs"

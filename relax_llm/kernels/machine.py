@@ -18,7 +18,12 @@ LANES = 16
 """f32 lanes of every vector in the kernels; LLVM splits them where registers are narrower."""
 
 CUDA = "cuda"
-_GPU = {"arch": "sm_80", "max_threads_per_block": 1024, "max_shared_memory_per_block": 49152, "thread_warp_size": 32}
+_GPU = {
+    "arch": "sm_80",
+    "max_threads_per_block": 1024,
+    "max_shared_memory_per_block": 49152,
+    "thread_warp_size": 32,
+}
 """What kernels may count on: an architecture whose code later ones compile too, and its limits."""
 
 

@@ -40,8 +40,8 @@ class SelectKernels:
         y = R.call_tir(matmul_n576_k1536_residual, (h, packed, r))
 
     Where several kernels serve a problem, what is called is a dispatcher: it compares the sizes and calls one of them.
-    Beside it stands an open one, which asks the host instead; only a controlled run calls it. On a GPU one kernel serves a
-    problem, and its loops become the function's own.
+    Beside it stands an open one, which asks the host instead; only a controlled run calls it. On a GPU one kernel
+    serves a problem, and its loops become the function's own.
 
     An embedding that shares its table with a matmul reads it in the matmul's layout, so that it is stored once.
 
