@@ -86,6 +86,8 @@ def compile(
     """
     if weights not in WEIGHT_FORMATS:
         raise CompileError(f"The weight format {weights!r} is not known; known: {', '.join(WEIGHT_FORMATS)}.")
+    if target == "cuda" and weights != "f32":
+        raise CompileError(f"Kernels for the target cuda read weights as f32, not {weights}.")
     if selection not in SELECTIONS:
         raise CompileError(f"The selection {selection!r} is not known; known: {', '.join(SELECTIONS)}.")
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,8 +15,8 @@ from tvm.script import tirx as T
 
 import relax_llm as rl
 from relax_llm.cli import main
-from relax_llm.errors import ArtifactError, KernelError, PlanError
-from relax_llm.plan import Range
+from relax_llm.errors import ArtifactError, CompileError, KernelError, PlanError
+from relax_llm.plan.plan import Range
 from relax_llm.plan.sizes import Box
 
 from ..artifact.checkpoints import GPT2, LLAMA, write
@@ -149,12 +151,14 @@ def test_running_takes_a_gpu(made: rl.Artifact) -> None:
 
 
 def test_inspect_shows_the_source(
-    made: rl.Artifact, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: rl.Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", str(made.path), "--cuda"]) == 0
     assert capsys.readouterr().out == source(made)
-    other = rl.compile(checkpoint, output=tmp_path / "out")
-    assert main(["inspect", str(other.path), "--cuda"]) != 0
+    manifest = json.loads((made.path / "manifest.json").read_text())
+    del manifest["files"]["kernels.cu"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["inspect", str(tmp_path), "--cuda"]) != 0
     assert "has no CUDA source" in " ".join(capsys.readouterr().err.split())
 
 
@@ -174,9 +178,12 @@ def test_what_no_gpu_can_launch_is_refused(
         rl.compile(checkpoint, target="cuda", kernels=[kernel], output=tmp_path / "out")
 
 
-def test_a_plan_cannot_divide_sizes(made: rl.Artifact, checkpoint: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
+def test_other_weights_are_refused(checkpoint: Path) -> None:
+    with pytest.raises(CompileError, match="cuda read weights as f32, not bf16"):
+        rl.compile(checkpoint, target="cuda", weights="bf16")
 
+
+def test_a_plan_cannot_divide_sizes(made: rl.Artifact, checkpoint: Path, tmp_path: Path) -> None:
     entries = [
         replace(entry, ranges=(Range(Box.of(M=(1, 8)), "dlight"), Range(Box.of(M=(9, None)), "by_column")))
         for entry in made.plan.entries

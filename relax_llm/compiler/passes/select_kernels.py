@@ -13,7 +13,7 @@ from relax_llm.compiler.recipes import joined_name
 from relax_llm.kernels.dispatch import OPEN_SUFFIX, Branch, dispatcher, internal, open_dispatcher
 from relax_llm.kernels.forms import Realized, sizes_of
 from relax_llm.kernels.gpu import launched
-from relax_llm.kernels.layout import Layout, Tiled, TiledPairs
+from relax_llm.kernels.layout import Layout, Plain, Tiled, TiledPairs
 from relax_llm.kernels.library import build
 from relax_llm.kernels.lookup import Embedding
 from relax_llm.kernels.matmul import Matmul
@@ -63,8 +63,9 @@ class SelectKernels:
                     problem = changed_copy(problem, weight_format=self.planner.weights)
                     weight = call.args[1][1]
                     choice = self.planner.choose(problem, _site(line, [weight], problem))
-                    # On a GPU the definition's own kernel reads the weight as it is, as an embedding may beside it.
-                    packed = choice.layout if choice.realized or not self.planner.machine.is_gpu else None
+                    # A GPU's kernels mostly read the weight as it is, as an embedding may beside them.
+                    as_is = self.planner.machine.is_gpu and isinstance(choice.layout, Plain)
+                    packed = None if as_is else choice.layout
                     chosen[line.name, index] = problem, choice, packed
                     if weight in line.params and choice.layout:
                         shared[weight.name] = choice.layout
