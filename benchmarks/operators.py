@@ -112,10 +112,10 @@ def _launch(record: Any, problem: Any, sizes: dict[str, int]) -> Callable[[], ob
     import tvm
     import tvm_ffi
 
-    from relax_llm.kernels.checking import all_sizes
     from relax_llm.kernels.forms import realize
     from relax_llm.kernels.library import build, built_in
     from relax_llm.kernels.machine import CODE_GENERATION, machine
+    from relax_llm.kernels.points import all_sizes
 
     here = machine()
     with tvm.transform.PassContext(config=CODE_GENERATION):

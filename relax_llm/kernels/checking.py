@@ -25,7 +25,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -37,24 +36,20 @@ import tvm
 from relax_llm import cpu
 from relax_llm.artifact.formulas import evaluate
 from relax_llm.errors import KernelError
-from relax_llm.kernels import layout, operators, trial
-from relax_llm.kernels.cache import GRANULE, TILE
+from relax_llm.kernels import layout, operators, points as chosen_points, trial
 from relax_llm.kernels.forms import Realized
 from relax_llm.kernels.machine import CODE_GENERATION, Machine
 from relax_llm.kernels.operators import Operator, operator_of
+from relax_llm.kernels.points import all_sizes, sizes, status_of
 from relax_llm.kernels.trial import BOUND, EXPECTED, Argument, Launch, Request, Trial, array_file
 from relax_llm.places import cache_directory
-from relax_llm.plan.sizes import Bounds, Box
 
 Array = npt.NDArray[Any]
 
 OTHER_PROCESSOR = "not checked: made for another processor"
 
-_TILES = (4, 8, 16, 32, 64)
-_MANY = 257
 _SLOWEST = 2.5e8  # FLOP/s that a launch may take at least: a quarter of what plain loops reach.
 _START = 300.0  # Seconds, beyond all launches, until the process counts as stuck.
-_MOST = 28  # Combinations of several sizes.
 
 
 @dataclass(frozen=True)
@@ -116,64 +111,9 @@ def check(realized: Realized, machine: Machine, *, seconds: float = 20.0, seed: 
             f"Kernel {realized.kernel.name!r} is refused for {realized.problem.name}: {at}{fault.rstrip('.')}. "
             f"(The inputs were random from seed {seed}.)"
         )
-    status = _status(operator, points)
+    status = status_of(operator, points)
     _remember(memory, status)
     return status
-
-
-def sizes(operator: Operator, box: Box) -> Iterator[dict[str, int]]:
-    """The sizes at which a kernel for a box is run.
-
-    Along one axis: the ends of the range and their neighbours, the first four (each remainder of the smallest tile),
-    for each tile height its first multiple in the range and its neighbours, and 257. Of several axes, fewer of each,
-    and of the combinations as many as are needed for each to occur, up to a number.
-    """
-    if operator.axes == ("M",):
-        yield from ({"M": m} for m in _along(box["M"]))
-        return
-    batches = [m for m in (1, 3) if {"batch": m} in Box((("batch", box["batch"]),))] or [box["batch"][0]]
-    yielded: set[tuple[int, ...]] = set()
-    queries, lengths = _few(box["seq"]), _few(box["kv_len"]) if "kv_len" in operator.axes else [0]
-    combinations = [
-        (batch, seq, kv_len)
-        for (seq, kv_len), batch in product(product(queries, lengths), batches)
-        if not kv_len or seq <= kv_len
-    ]
-    combinations += [
-        (batches[0], seq, seq) for seq in queries if {"kv_len": seq} in Box((("kv_len", box["kv_len"]),))
-    ]
-    step = max(1, len(combinations) // _MOST)
-    # The first and the last matter, and of those between every `step`th, which walks through all axes.
-    for combination in [*combinations[::step], combinations[-1]] if combinations else []:
-        if combination not in yielded:
-            yielded.add(combination)
-            batch, seq, kv_len = combination
-            known = {"batch": batch, "seq": seq, "kv_len": kv_len}
-            yield {axis: known[axis] for axis in operator.axes}
-
-
-def _along(bounds: Bounds) -> list[int]:
-    first, last = bounds
-    edges = [first, *(-(-first // tile) * tile for tile in _TILES), *([last] if last is not None else [])]
-    wanted = {_MANY, first + 2, first + 3, *(edge + step for edge in edges for step in (-1, 0, 1))}
-    return sorted(m for m in wanted if m >= first and (last is None or m <= last))
-
-
-def _few(bounds: Bounds) -> list[int]:
-    first, last = bounds
-    edges = [
-        first,
-        *(-(-first // tile) * tile for tile in (TILE, GRANULE)),
-        *([last] if last is not None else []),
-    ]
-    wanted = {first + 129, *(edge + step for edge in edges for step in (-1, 0, 1))}
-    return sorted(m for m in wanted if m >= first and (last is None or m <= last))
-
-
-def _status(operator: Operator, points: Sequence[dict[str, int]]) -> str:
-    if operator.axes == ("M",):
-        return f"checked at M={', '.join(str(point['M']) for point in points)}"
-    return f"checked at {len(points)} combinations of {', '.join(operator.axes)}"
 
 
 def _prepared(
@@ -239,13 +179,6 @@ def _packed(realized: Realized, weight: Array) -> Array:
             f"{packed.dtype.name}, but says that it is {list(wanted.shape)} {wanted.dtype}."
         )
     return packed
-
-
-def all_sizes(operator: Operator, point: dict[str, int]) -> dict[str, int]:
-    """The sizes by which kernels are chosen, and those that follow from them: the cache's capacity in tiles."""
-    if "kv_len" not in operator.axes:
-        return point
-    return {**point, "tiles": -(-point["kv_len"] // GRANULE) * GRANULE // TILE}
 
 
 def _runs_here(machine: Machine, needed: frozenset[str]) -> bool:
@@ -377,7 +310,7 @@ def _digest(realized: Realized, machine: Machine) -> str:
         "objects": [hashlib.sha256(content).hexdigest() for content in realized.objects],
         "checking": [
             hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
-            for module in (sys.modules[__name__], trial, layout, *_record_modules())
+            for module in (sys.modules[__name__], chosen_points, trial, layout, *_record_modules())
         ],
     }
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()

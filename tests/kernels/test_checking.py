@@ -15,13 +15,14 @@ from tvm.tirx.script.builder import ir as T
 from relax_llm import cpu
 from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
-from relax_llm.kernels.checking import OTHER_PROCESSOR, check, sizes
+from relax_llm.kernels.checking import OTHER_PROCESSOR, check
 from relax_llm.kernels.forms import realize
 from relax_llm.kernels.machine import machine
 from relax_llm.kernels.matmul import Matmul
 from relax_llm.kernels.matmul.tiled import tiled
 from relax_llm.kernels.operators import OPERATORS, matmul as record
 from relax_llm.kernels.operators.matmul import bounded
+from relax_llm.kernels.points import sizes
 from relax_llm.kernels.vectormath import ACTIVATIONS
 from relax_llm.plan.kernel import Kernel, kernel
 from relax_llm.plan.sizes import Box

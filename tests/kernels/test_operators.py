@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from relax_llm.errors import KernelError
-from relax_llm.kernels.checking import all_sizes, check, sizes
+from relax_llm.kernels.checking import check
 from relax_llm.kernels.forms import Realized, realize
 from relax_llm.kernels.library import build, built_in
 from relax_llm.kernels.machine import machine
 from relax_llm.kernels.operators import OPERATORS, Mistake, Operator
+from relax_llm.kernels.points import all_sizes, sizes
 from relax_llm.kernels.problem import Problem, problem_of
 from relax_llm.plan.kernel import AXES, kernel
 
