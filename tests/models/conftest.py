@@ -26,7 +26,8 @@ ON_THIS_MACHINE = {
 }
 """Rows compiled for this processor with all it can do; each takes as long as four others.
 
-Both families, every epilogue and a window are in them; each activation has its own tests on every machine. What the others add is in the graph or in reading the checkpoint, so they are compiled for `PLAINER`.
+Both families, every epilogue and a window are in them; each activation has its own tests on every machine.
+What the other rows add is in the graph or in reading the checkpoint, so they are compiled for `PLAINER`.
 """
 
 
