@@ -7,7 +7,6 @@ import typer
 from relax_llm.cli import options as o, screen
 from relax_llm.cli.models import named_or_default
 from relax_llm.errors import InputError
-from relax_llm.plan.kernel import AXES
 
 
 def inspect(
@@ -57,6 +56,7 @@ def inspect(
     """Show every kernel of an artifact: sites, problem, symbolic shapes, flops and bytes as formulas."""
     from relax_llm.cli import report
     from relax_llm.cli.kernel_table import parse_sizes
+    from relax_llm.plan.kernel import AXES
 
     path, manifest = report.open_manifest(
         named_or_default(model), weights=weights, architecture=architecture, kernels=kernels, target=target

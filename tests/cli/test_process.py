@@ -144,7 +144,7 @@ def test_the_installed_command_is_quick_to_help(environment: dict[str, str]) -> 
         ended = os.times()
         return ended.children_user + ended.children_system - began.children_user - began.children_system
 
-    assert min(seconds() for _ in range(4)) < 0.3
+    assert min(seconds() for _ in range(4)) < 0.6  # TVM alone takes twice that
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "compile", "inspect", "env"])
