@@ -23,19 +23,11 @@ from relax_llm.kernels.problem import tag
 
 def embedding_operands(problem: Embedding, layout: Layout | None) -> tuple[Operand, ...]:
     """(ids [M] int32, table, out [M, hidden])."""
-    return _operands(problem, ("M",))
-
-
-def _launched(problem: Embedding, layout: Layout | None) -> tuple[Operand, ...]:
-    return _operands(problem, ("batch", "seq"))
-
-
-def _operands(problem: Embedding, outer: tuple[str, ...]) -> tuple[Operand, ...]:
-    layout = parse(problem.layout or "plain")
+    stored = parse(problem.layout or "plain")
     return (
-        Operand("ids", outer, "int32"),
-        Operand("table", layout.shape(problem.rows, problem.hidden), layout.dtype, "weight"),
-        Operand("out", (*outer, problem.hidden), role="output"),
+        Operand("ids", ("M",), "int32"),
+        Operand("table", stored.shape(problem.rows, problem.hidden), stored.dtype, "weight"),
+        Operand("out", ("M", problem.hidden), role="output"),
     )
 
 
@@ -101,7 +93,6 @@ EMBEDDING = Operator(
     ),
     benchmarks=(Embedding(49152, 576), Embedding(128256, 2048)),
     mistakes=(Mistake({"rows": 0, "hidden": 4}, "at least 1"),),
-    launch=_launched,
     by_rows=True,
 )
 

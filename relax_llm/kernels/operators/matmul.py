@@ -31,22 +31,13 @@ _SLOPE = {"silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13, "relu": 1.0}
 
 def operands(problem: Matmul, layout: Layout | None) -> tuple[Operand, ...]:
     """(x [M, K], weight, (bias [N]), (residual [M, outputs]), out [M, outputs])."""
-    return _operands(problem, layout, ("M",))
-
-
-def launched(problem: Matmul, layout: Layout | None) -> tuple[Operand, ...]:
-    """The same with [batch, seq] for [M]."""
-    return _operands(problem, layout, ("batch", "seq"))
-
-
-def _operands(problem: Matmul, layout: Layout | None, outer: tuple[str, ...]) -> tuple[Operand, ...]:
     layout = layout or Plain()
     known = {
-        "x": Operand("x", (*outer, problem.k)),
+        "x": Operand("x", ("M", problem.k)),
         "weight": Operand("weight", layout.shape(problem.n, problem.k), layout.dtype, "weight"),
         "bias": Operand("bias", (problem.n,), role="weight"),
-        "residual": Operand("residual", (*outer, problem.outputs)),
-        "out": Operand("out", (*outer, problem.outputs), role="output"),
+        "residual": Operand("residual", ("M", problem.outputs)),
+        "out": Operand("out", ("M", problem.outputs), role="output"),
     }
     return tuple(known[name] for name in arguments(problem))
 
@@ -206,7 +197,6 @@ MATMUL = Operator(
         Mistake({"n": 5, "k": 4, "gated": True}, "even"),
         Mistake({"n": 4, "k": 4, "activation": "sinc"}, "sinc"),
     ),
-    launch=launched,
     by_rows=True,
     exact=True,
 )

@@ -24,21 +24,12 @@ from relax_llm.kernels.problem import tag
 
 def operands(problem: Norm, layout: Layout | None) -> tuple[Operand, ...]:
     """(x [M, hidden], weight [hidden], (bias [hidden]), out [M, hidden])."""
-    return _operands(problem, ("M",))
-
-
-def launched(problem: Norm, layout: Layout | None) -> tuple[Operand, ...]:
-    """The same with [batch, seq] for [M]."""
-    return _operands(problem, ("batch", "seq"))
-
-
-def _operands(problem: Norm, outer: tuple[str, ...]) -> tuple[Operand, ...]:
     bias = [Operand("bias", (problem.hidden,), role="weight")] if problem.bias else []
     return (
-        Operand("x", (*outer, problem.hidden)),
+        Operand("x", ("M", problem.hidden)),
         Operand("weight", (problem.hidden,), role="weight"),
         *bias,
-        Operand("out", (*outer, problem.hidden), role="output"),
+        Operand("out", ("M", problem.hidden), role="output"),
     )
 
 
@@ -130,6 +121,5 @@ NORM = Operator(
         Mistake({"hidden": 0, "eps": 1e-5}, "at least 1"),
         Mistake({"hidden": 4, "eps": -1.0}, "negative"),
     ),
-    launch=launched,
     by_rows=True,
 )

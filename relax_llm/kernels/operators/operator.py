@@ -4,7 +4,7 @@ Correctness tests, the check at the door, the dispatcher, error tests and kernel
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,8 @@ from relax_llm.plan.kernel import AXES
 Array = npt.NDArray[Any]
 Sizes = Mapping[str, int]
 Role = Literal["input", "weight", "updated", "output", "size"]
+
+_LAUNCHED: Mapping[int | str, tuple[str, ...]] = {"M": ("batch", "seq")}
 
 UNIT = 2.0**-24
 """Unit roundoff of float32: the largest relative error of one rounding."""
@@ -101,7 +103,6 @@ class Operator:
         samples: Problems of every kind, to test kernels on.
         benchmarks: Problems of real models.
         mistakes: What must be refused.
-        launch: What the model passes, where that is not what a kernel takes: x [batch, seq, K] for x [M, K].
         by_rows: Whether the rows of M are independent of each other, so that a launch is a part of a larger one.
         exact: Whether inputs exist for which every order of evaluation gives the same bits.
     """
@@ -114,7 +115,6 @@ class Operator:
     samples: Sequence[Problem]
     benchmarks: Sequence[Problem]
     mistakes: Sequence[Mistake]
-    launch: Callable[[Any, Layout | None], tuple[Operand, ...]] | None = None
     by_rows: bool = False
     exact: bool = False
 
@@ -129,8 +129,13 @@ class Operator:
         return AXES[self.name]
 
     def launched(self, problem: Any, layout: Layout | None) -> tuple[Operand, ...]:
-        """What the model passes."""
-        return (self.launch or self.operands)(problem, layout)
+        """What the model passes: the same with [batch, seq] for [M]."""
+        return tuple(
+            replace(
+                operand, shape=tuple(part for size in operand.shape for part in _LAUNCHED.get(size, (size,)))
+            )
+            for operand in self.operands(problem, layout)
+        )
 
 
 Build = Callable[[Any, Machine], PrimFunc]
