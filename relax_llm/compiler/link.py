@@ -14,6 +14,7 @@ from tvm.support import cc
 from relax_llm import cpu
 from relax_llm.artifact.artifact import HOW_TO_RUN_ON_GPU, LIBRARY, OBJECTS, SOURCE, how_to_link
 from relax_llm.errors import CompileError
+from relax_llm.kernels.instruments import instruments
 from relax_llm.kernels.machine import CODE_GENERATION, CUDA, Machine
 
 _ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
@@ -42,6 +43,8 @@ def write_library(
 ) -> list[str]:
     """Generate code and link it, with the objects of kernels that came as C, into one shared library.
 
+    What the runtime measures with goes into it too.
+
     For a GPU the library holds the host's code and the kernels' source, which also stands in a file beside it.
 
     Args:
@@ -69,7 +72,9 @@ def write_library(
             files = [Path(temporary) / f"kernel{index}.o" for index in range(len(objects))]
             for file, data in zip(files, objects, strict=True):
                 file.write_bytes(data)
-            executable = relax.build(mod, machine.target, relax_pipeline=tvm.transform.Sequential([]))
+            executable = relax.build(
+                _with_instruments(mod, machine), machine.target, relax_pipeline=tvm.transform.Sequential([])
+            )
             options: dict[str, Any] = {"addons": [str(file) for file in files]}
             if linker:
                 options["fcompile"] = lambda output, inputs, **_: _link(linker, output, inputs)
@@ -87,6 +92,15 @@ def write_library(
         f"objects; {how_to_link(machine.architecture)} Or install "
         f"{machine.architecture}-linux-gnu-g++, lld or zig here, and compile again."
     ]
+
+
+def _with_instruments(mod: tvm.IRModule, machine: Machine) -> tvm.IRModule:
+    if machine.is_gpu:
+        return mod
+    more = mod.clone()
+    for symbol, func in instruments(machine).items():
+        more[symbol] = func
+    return more
 
 
 def _refuse_foreign(objects: Sequence[bytes], machine: Machine) -> None:
