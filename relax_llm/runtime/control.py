@@ -5,7 +5,7 @@ dispatcher has given way to its open form. That form asks a function of this pro
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,6 +119,11 @@ class Control:
         return self.chooses or bool(self._counting)
 
     @property
+    def is_counting(self) -> bool:
+        """Whether anybody counts launches."""
+        return bool(self._counting)
+
+    @property
     def chooses(self) -> bool:
         """Whether kernels may be others than the artifact's plan has."""
         return bool(self._forces or self._plans or (self.selection == "pinned" and self._places))
@@ -179,17 +184,36 @@ class Control:
             sizes: Its batch, seq and kv_len, for the counts.
             arguments: As the function takes them.
         """
+        return self.told(
+            self.line(function), self.rules(function), sizes, lambda: self._functions[function](*arguments)
+        )
+
+    def told(
+        self, line: Line, rules: Sequence[Rule], sizes: Mapping[str, int], work: Callable[[], Any]
+    ) -> Any:
+        """Do what calls open dispatchers, tell them which kernels to run, and count; the lock is the caller's to hold.
+
+        Args:
+            line: What it launches.
+            rules: What chooses the kernels of those launches that have a choice.
+            sizes: The call's batch, seq and kv_len, for the counts.
+            work: What is done.
+        """
         ended = False
-        with asking(self.rules(function)) as run:
+        with asking(rules) as run:
             try:
-                result = self._functions[function](*arguments)
+                result = work()
                 ended = True
                 return result
             finally:
-                if self._counting:
-                    keys = self._keys(function, run, sizes if ended else None)
-                    for counted in self._counting:
-                        counted.add(keys)
+                self.count(lambda: _keys(line, run, sizes if ended else None))
+
+    def count(self, keys: Callable[[], Iterable[counts.Key]]) -> None:
+        """Count launches, where anybody does."""
+        if self._counting:
+            made = list(keys())
+            for counted in self._counting:
+                counted.add(made)
 
     def _layer(self, plan: Planned) -> Layer:
         if isinstance(plan, Mapping):
@@ -285,20 +309,20 @@ class Control:
         yield from reversed(self._forces)
         yield from reversed(self._plans)
 
-    def _keys(self, function: str, run: Run, sizes: Mapping[str, int] | None) -> list[counts.Key]:
-        """What a run launched. A function is one straight line: when it ended, so did all without a choice."""
-        line = self.line(function)
-        keys = [
-            (place.site, place.operator, place.kernels[index][0], tuple(zip(place.axes, given, strict=True)))
-            for place, (index, given) in zip(line.chosen, run.served, strict=False)
+
+def _keys(line: Line, run: Run, sizes: Mapping[str, int] | None) -> list[counts.Key]:
+    """What a run launched. A function is one straight line: when it ended, so did all without a choice."""
+    keys = [
+        (place.site, place.operator, place.kernels[index][0], tuple(zip(place.axes, given, strict=True)))
+        for place, (index, given) in zip(line.chosen, run.served, strict=False)
+    ]
+    if sizes is not None:
+        rows: dict[tuple[str, ...], int] = {}
+        keys += [
+            (one.site, one.operator, one.kernel, sizes_of(one.operator, launch, sizes, rows))
+            for launch, one in line.fixed
         ]
-        if sizes is not None:
-            rows: dict[tuple[str, ...], int] = {}
-            keys += [
-                (one.site, one.operator, one.kernel, _sizes(one.operator, launch, sizes, rows))
-                for launch, one in line.fixed
-            ]
-        return keys
+    return keys
 
 
 def _single_kernels(plan: Plan) -> dict[Key, str]:
@@ -311,7 +335,7 @@ def _single_kernels(plan: Plan) -> dict[Key, str]:
     }
 
 
-def _sizes(
+def sizes_of(
     operator: str, launch: Launch, sizes: Mapping[str, int], rows: dict[tuple[str, ...], int]
 ) -> tuple[tuple[str, int], ...]:
     """The sizes by which kernels of an operator are told apart; `rows` remembers those worked out before."""

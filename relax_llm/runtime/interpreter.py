@@ -5,7 +5,7 @@ kernels everything may be looked at and changed.
 """
 
 import ctypes
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from threading import Lock
@@ -33,9 +33,11 @@ from relax_llm.runtime.program import (
     Source,
     Tensor,
 )
+from relax_llm.runtime.rest import rest
 from relax_llm.runtime.vm import VirtualMachine, tensor
 
 _ADDRESS = "relax_llm.address"
+_REMEMBERED = 8
 _asking = Lock()  # the name is one for the process
 _Gather = Callable[[list[Any]], Sequence[Any]]
 _CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
@@ -70,6 +72,8 @@ class Interpreter:
         self._constants = [_value(constant) for constant in self.program.constants]
         self._functions = [self._callable(function) for function in self.program.functions]
         self._decoded: dict[str, _Decoded] = {}
+        self._calls: dict[str, tuple[tuple[int, Call], ...]] = {}
+        self._rests: dict[tuple[str, int, bool], tuple[Callable[..., Any], tuple[int, ...]]] = {}
 
     def start(self, function: str, *arguments: Any) -> "Frame":
         """A call of a function, before its first instruction.
@@ -99,6 +103,34 @@ class Interpreter:
                 steps.append((instruction, _gather(places), callee, instruction.function, instruction.target))
             self._decoded[function.name] = _Decoded(tuple(steps), tuple(values))
         return self._decoded[function.name]
+
+    def calls(self, name: str, callees: Container[str]) -> tuple[tuple[int, Call], ...]:
+        """Place and instruction of each call of some functions, in the order of a function's instructions."""
+        if name not in self._calls:
+            function, table = self.program.function(name), self.program.functions
+            body = enumerate(self.program.instructions[function.start : function.end])
+            self._calls[name] = tuple(
+                (at, call)
+                for at, call in body
+                if isinstance(call, Call) and table[call.function].name in callees
+            )
+        return self._calls[name]
+
+    def rest(self, frame: "Frame", names: Mapping[str, str]) -> tuple[Callable[..., Any], list[Any]]:
+        """What is left of a call, for TVM's own machine: a function and what to call it with.
+
+        Args:
+            frame: Where the call stands.
+            names: Kernels that others take the place of, as `Program.renamed` takes them.
+        """
+        key = frame.function.name, frame.at, bool(names)
+        if key not in self._rests:
+            program, name, taken = rest(self.program.renamed(names), frame.function.name, frame.at)
+            if len(self._rests) >= _REMEMBERED:
+                del self._rests[next(iter(self._rests))]
+            self._rests[key] = self.machine.executing(program)[name], taken
+        function, taken = self._rests[key]
+        return function, [frame.registers[register] for register in taken]
 
     def _value(self, argument: Argument) -> Any:
         """What an argument that is in no register is."""
@@ -131,6 +163,7 @@ class Frame:
     """One call of a function: its registers, and the instruction that comes next.
 
     Attributes:
+        function: What was called.
         registers: Values by number, None where there is none; behind them, what calls take that is in none.
         at: Index of the next instruction in the function.
         ended: Whether the function has returned.
@@ -144,6 +177,7 @@ class Frame:
                 f"{function.name} takes {function.parameters} arguments, and was given {len(arguments)}."
             )
         decoded = interpreter.decoded(function)
+        self.function = function
         self._steps = decoded.steps
         self.registers: list[Any] = [
             *arguments,
@@ -188,10 +222,6 @@ class Frame:
         """What the call at the present instruction is given."""
         gather = self._steps[self.at][1]
         return [] if gather is None else list(gather(self.registers))
-
-    def complete(self) -> None:
-        """Go on behind a call that has been made from outside, and has no result."""
-        self.at += 1
 
     def finish(self) -> Any:
         """Execute everything that is left."""

@@ -1,12 +1,13 @@
 """One launch of a kernel, in your hands: what it is called with, and what becomes of it."""
 
+import inspect
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +17,11 @@ from relax_llm.errors import InputError
 from relax_llm.plan.kernel import AXES
 from relax_llm.runtime import vm
 from relax_llm.runtime.choices import Fixed, Place
+from relax_llm.runtime.counts import Key
 from relax_llm.runtime.dispatch import OPEN, choosing
-
-if TYPE_CHECKING:
-    from relax_llm.runtime.stepper import Steps
+from relax_llm.runtime.execution import Execution, Replacement
 
 Array = npt.NDArray[Any]
-Replacement = str | Callable[..., Any]
 
 _CACHE_SPILL = 2**27  # bytes; more than the last-level cache of most machines
 
@@ -53,15 +52,17 @@ class Launch:
         operator: What is computed.
         symbol: The kernel's or its dispatcher's name in the library.
         done: "run", "skipped" or "replaced", and "" before.
+        seconds: How long it took when it was made last; None before, and where it was skipped.
     """
 
-    def __init__(self, steps: "Steps", index: int, arguments: list[Any]) -> None:
+    def __init__(self, execution: Execution, index: int, arguments: list[Any]) -> None:
         """Made by `Steps`."""
-        self.function = steps.function
+        self.function = execution.function
         self.index = index
         self.done = ""
-        self._steps = steps
-        self._described, self._where = steps.knowledge.line.launches[index]
+        self.seconds: float | None = None
+        self._execution = execution
+        self._described, self._where = execution.knowledge.line.launches[index]
         self.site = self._where.site
         self.operator = self._where.operator
         self.symbol = self._described.kernel
@@ -97,7 +98,7 @@ class Launch:
     @cached_property
     def sizes(self) -> Mapping[str, int]:
         """The value of each symbolic size: batch, seq, kv_len, M where it has rows, and others of its tensors."""
-        found = dict(self._steps.sizes)
+        found = dict(self._execution.sizes)
         for said, value in zip(self._described.arguments, self._arguments, strict=True):
             shape = () if said.role == "size" else value.shape
             found |= {
@@ -110,12 +111,12 @@ class Launch:
     @property
     def flops(self) -> float:
         """Operations of arithmetic."""
-        return formulas.evaluate(self._steps.knowledge.kernels[self.symbol].flops, self.sizes)
+        return formulas.evaluate(self._execution.knowledge.kernels[self.symbol].flops, self.sizes)
 
     @property
     def bytes(self) -> float:
         """Memory that must at least be moved."""
-        return formulas.evaluate(self._steps.knowledge.kernels[self.symbol].bytes, self.sizes)
+        return formulas.evaluate(self._execution.knowledge.kernels[self.symbol].bytes, self.sizes)
 
     @property
     def kernel(self) -> str:
@@ -129,9 +130,9 @@ class Launch:
         """Why this kernel serves these sizes."""
         if isinstance(self._where, Fixed):
             return "it is the only kernel here"
-        if not self._steps.knowledge.own:
+        if not self._execution.knowledge.own:
             return "it is forced, pinned or wanted by another plan"
-        for entry in self._steps.knowledge.plan.entries:
+        for entry in self._execution.knowledge.plan.entries:
             if self.site in entry.sites and entry.operator == self.operator:
                 for candidate in entry.candidates:
                     if candidate.kernel == self.kernel:
@@ -148,9 +149,9 @@ class Launch:
     def run(self) -> None:
         """Launch the kernel, or what replaces it."""
         self._check_waiting()
-        replacement = self._steps.replacement(self)
+        replacement = self._execution.replacement(self.index, lambda: self.kernels)
         if replacement is None:
-            self._launch()
+            self.seconds = self._launch()
             self.done = "run"
         else:
             self._replace(replacement)
@@ -164,7 +165,7 @@ class Launch:
         self._check_current()
         if not self.done:
             raise InputError(f"{self} has not been run; there is nothing to run again.")
-        self._launch()
+        self.seconds = self._launch()
 
     def skip(self) -> None:
         """Launch nothing; the outputs keep what they hold, or what you put there."""
@@ -184,35 +185,65 @@ class Launch:
         self._check_waiting()
         self._replace(replacement)
 
-    def time(self, repeat: int = 20, *, cold: bool = False) -> float:
+    def time(self, repeat: int = 20, *, cold: bool = False, kernel: Replacement | None = None) -> float:
         """Time the kernel in its place, on its inputs, and leave everything as it was.
 
         Args:
             repeat: How often it is launched.
             cold: Whether to clear the caches before each launch, as far as reading other memory does.
+            kernel: Time this in its place: one of `kernels`, or a function as `replace` takes it. A kernel that is
+                named is chosen by Python, which adds about a microsecond; name all that you compare.
 
         Returns:
             The median in seconds.
+
+        Raises:
+            InputError: The launch is over, no such kernel serves these sizes, or what a function returns does not fit.
         """
         self._check_current()
         if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
             raise InputError(f"repeat must be a positive whole number, not {repeat!r}.")
-        changed = [o.value for o in self.arguments if o.role in ("output", "cache")]
+        if isinstance(kernel, str):
+            self._check_kernel(kernel)
+        # A kernel may work in place on whatever is no weight, as those that write the caches do.
+        changed = [o.value for o in self.arguments if o.role not in ("size", "weight")]
         kept = [array.copy() for array in changed]
         other = np.ones(_CACHE_SPILL // 8) if cold else None
         seconds = []
         try:
-            self._launch()
+            self._timed(kernel)
             for _ in range(repeat):
                 if other is not None:
                     other.sum()
-                begun = time.perf_counter()
-                self._launch()
-                seconds.append(time.perf_counter() - begun)
+                seconds.append(self._timed(kernel))
         finally:
             for array, before in zip(changed, kept, strict=True):
                 array[...] = before
         return median(seconds)
+
+    def fitting(self, returned: Any, what: str) -> tuple[Array, ...]:
+        """What a function returned for the outputs, as arrays of their shapes and types.
+
+        Args:
+            returned: An array, several in a tuple, or None where there are no outputs.
+            what: What it comes from, for messages.
+
+        Raises:
+            InputError: It does not fit.
+        """
+        results = () if returned is None else returned if isinstance(returned, tuple) else (returned,)
+        if len(results) != len(self.outputs):
+            raise InputError(
+                f"The {what} of {self} must return {len(self.outputs)} arrays, not {len(results)}."
+            )
+        arrays = tuple(np.asarray(result) for result in results)
+        for array, output in zip(arrays, self.outputs, strict=True):
+            if array.shape != output.shape or array.dtype != output.dtype:
+                raise InputError(
+                    f"The {what} of {self} must return {output.dtype} of shape {output.shape}, not "
+                    f"{array.dtype} of shape {array.shape}."
+                )
+        return arrays
 
     def __str__(self) -> str:
         return f"{self.function}[{self.index}] {self.site}: {self.kernel}"
@@ -224,7 +255,7 @@ class Launch:
     def _index(self) -> int:
         """The index of the kernel among the place's."""
         assert isinstance(self._where, Place)
-        rule = self._steps.rule(self.index)
+        rule = self._execution.knowledge.rule[self.index]
         return rule(tuple(self.sizes[axis] for axis in self._where.axes))
 
     def _check_waiting(self) -> None:
@@ -233,42 +264,91 @@ class Launch:
             raise InputError(f"{self} was {self.done} already; it can be run again with rerun().")
 
     def _check_current(self) -> None:
-        if self._steps.current is not self:
+        if self._execution.index != self.index:
             raise InputError(f"{self} is over: the launches behind it may have used its memory again.")
 
-    def _launch(self, index: int | None = None) -> None:
-        """Launch a place's kernel of some index; without one, that which serves these sizes."""
-        if index is None and not self._steps.knowledge.own and isinstance(self._where, Place):
-            index = self._index
-        if index is None:
-            self._steps.launch(self.symbol, self._arguments)
-        else:
-            with choosing(index):
-                self._steps.launch(self.symbol + OPEN, self._arguments)
+    def _launch(self, index: int | None = None, *, counts: bool = True) -> float:
+        """Launch a place's kernel of some index; without one, that which serves these sizes.
+
+        Returns:
+            The seconds it took.
+        """
+        place = self._where if isinstance(self._where, Place) else None
+        if (
+            place is not None
+            and index is None
+            and (not self._execution.knowledge.own or self._execution.counts)
+        ):
+            index = self._index  # said to the dispatcher, so that what is counted is what ran
+        key = (lambda: self._key(index)) if counts else None
+        if index is None or place is None:
+            return self._execution.launch(self.symbol, self._arguments, key)
+        with choosing(index):
+            return self._execution.launch(self.symbol + OPEN, self._arguments, key)
+
+    def _key(self, index: int | None) -> Key:
+        """What this launch counts as."""
+        place = self._where
+        kernel = (
+            place.kernel
+            if isinstance(place, Fixed)
+            else place.kernels[self._index if index is None else index][0]
+        )
+        axes = AXES.get(self.operator, ("batch", "seq", "kv_len"))
+        return self.site, self.operator, kernel, tuple((axis, self.sizes[axis]) for axis in axes)
+
+    def _timed(self, kernel: Replacement | None) -> float:
+        """Launch once for `time`."""
+        if kernel is None or isinstance(kernel, str):
+            return self._launch(None if kernel is None else self._index_of(kernel), counts=False)
+        begun = time.perf_counter()
+        self._compute(kernel)
+        return time.perf_counter() - begun
+
+    def _check_kernel(self, name: str) -> None:
+        if name not in self.kernels:
+            raise InputError(
+                f"The kernel {name!r} does not serve {self.site} at these sizes; there are: {', '.join(self.kernels)}."
+            )
+
+    def _index_of(self, kernel: str) -> int | None:
+        return self._where.index(kernel) if isinstance(self._where, Place) else None
 
     def _replace(self, replacement: Replacement) -> None:
         if isinstance(replacement, str):
-            if replacement not in self.kernels:
-                raise InputError(
-                    f"The kernel {replacement!r} does not serve {self.site} at these sizes; there are: "
-                    f"{', '.join(self.kernels)}."
-                )
-            self._launch(self._where.index(replacement) if isinstance(self._where, Place) else None)
-            self.done = "replaced"
-            return
-        returned = replacement(*self.inputs)
-        results = () if returned is None else returned if isinstance(returned, tuple) else (returned,)
-        if len(results) != len(self.outputs):
-            raise InputError(
-                f"The replacement of {self} must return {len(self.outputs)} arrays, not {len(results)}."
-            )
-        arrays = [np.asarray(result) for result in results]
-        for array, output in zip(arrays, self.outputs, strict=True):
-            if array.shape != output.shape or array.dtype != output.dtype:
-                raise InputError(
-                    f"The replacement of {self} must return {output.dtype} of shape {output.shape}, not "
-                    f"{array.dtype} of shape {array.shape}."
-                )
+            self._check_kernel(replacement)
+            self.seconds = self._launch(self._index_of(replacement))
+        else:
+            begun = time.perf_counter()
+            self._compute(replacement)
+            self.seconds = time.perf_counter() - begun
+        self.done = "replaced"
+
+    def _compute(self, function: Callable[..., Any]) -> None:
+        """Have a function of the inputs compute the outputs."""
+        self._check_takes(function)
+        arrays = self.fitting(function(*self.inputs), "replacement")
         for array, output in zip(arrays, self.outputs, strict=True):
             output[...] = array
-        self.done = "replaced"
+
+    def _check_takes(self, function: Callable[..., Any]) -> None:
+        """Refuse a function that cannot be called with the inputs, by what it is called with."""
+        if not callable(function):
+            raise InputError(
+                f"{self} is replaced by the name of a kernel or by a function, not by an object of type "
+                f"{type(function).__name__}."
+            )
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # some built-in functions do not say
+            return
+        try:
+            signature.bind(*self.inputs)
+        except TypeError as error:
+            given = ", ".join(
+                f"{o.role} {list(o.value.shape)}" for o in self.arguments if o.role not in ("size", "output")
+            )
+            raise InputError(
+                f"The replacement of {self} is called with {len(self.inputs)} arrays ({given}), which it does not "
+                f"take: {error}."
+            ) from None

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -13,11 +14,13 @@ from relax_llm.errors import InputError
 from relax_llm.plan.kernel import Selection
 from relax_llm.runtime import generation, vm
 from relax_llm.runtime.answer import Generation, Piece
+from relax_llm.runtime.breakpoints import Breakpoints
 from relax_llm.runtime.control import Control, Forced, Planned
 from relax_llm.runtime.counts import Counts
+from relax_llm.runtime.execution import Execution, Knowledge
 from relax_llm.runtime.interpreter import Interpreter
 from relax_llm.runtime.state import State
-from relax_llm.runtime.stepper import Knowledge, Steps
+from relax_llm.runtime.stepper import Steps
 from relax_llm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -238,14 +241,44 @@ class Runner:
             state.append(ids)
             return _shaped(function, vm.numpy(result), flat)
 
+        caches, weights = arguments[2:]
         with self._running:
             if self._interpreter is None:
                 self._interpreter = Interpreter(self._machine)
-            line, rules = self._control.line(function), list(self._control.rules(function))
-            own = not self._control.chooses
-        knowledge = Knowledge(line, rules, self.artifact.manifest.kernels, self.artifact.plan, own)
-        frame = self._interpreter.start(function, *arguments)
-        return Steps(self._interpreter, frame, function, sizes, knowledge, self._running, finish)
+            knowledge = Knowledge(
+                self._control.line(function),
+                list(self._control.rules(function)),
+                self.artifact.manifest.kernels,
+                self.artifact.plan,
+                not self._control.chooses,
+                self._control,
+                self.breakpoints,
+                lambda: self._named(caches, weights),
+            )
+        execution = Execution(function, sizes, knowledge, self._machine, self._running)
+        return Steps(self._interpreter, self._interpreter.start(function, *arguments), execution, finish)
+
+    @cached_property
+    def breakpoints(self) -> Breakpoints:
+        """Where stepped runs of this runner stop, in all functions and calls."""
+        manifest = self.artifact.manifest
+        names = {weight.name for weight in manifest.weights} | set(self._cache_names)
+        return Breakpoints({name: self._control.line(name) for name in self._functions}, frozenset(names))
+
+    @property
+    def _cache_names(self) -> list[str]:
+        """The names of the caches, in the order of the functions' argument: what a site writes first comes first."""
+        names: dict[str, dict[str, None]] = {cache.site: {} for cache in self.artifact.manifest.caches}
+        for launches in self.artifact.manifest.functions.values():
+            for argument in (argument for launch in launches for argument in launch.arguments):
+                if argument.role == "cache":
+                    names[argument.name.rpartition(".")[0]][argument.name] = None
+        return [name for at in names.values() for name in at]
+
+    def _named(self, caches: Any, weights: Any) -> dict[str, Any]:
+        """The tensors of a call that have names."""
+        known = zip([weight.name for weight in self.artifact.manifest.weights], weights, strict=True)
+        return dict(known) | dict(zip(self._cache_names, caches, strict=True))
 
     def _call(self, function: str, state: State, ids: npt.NDArray[np.int32]) -> Floats:
         sizes, arguments = self._arguments(state, ids)

@@ -1,0 +1,83 @@
+"""The launches of a call as a table: what was made, where it stands, and what is still to come."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from relax_llm.runtime.choices import Fixed
+from relax_llm.runtime.control import sizes_of
+from relax_llm.runtime.execution import Knowledge
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One launch of a call, made or still to come.
+
+    Attributes:
+        index: Its place among the function's launches, from 0.
+        site: The place in the model.
+        operator: What is computed.
+        kernel: The kernel that served it, or that would serve it.
+        done: "run", "skipped" or "replaced", and "" before.
+        seconds: How long it took; None before, and where it was skipped.
+        current: Whether it is the one that is about to be made or was made last.
+    """
+
+    index: int
+    site: str
+    operator: str
+    kernel: str
+    done: str
+    seconds: float | None
+    current: bool
+
+
+def listed(
+    knowledge: Knowledge,
+    sizes: Mapping[str, int],
+    made: Mapping[int, tuple[str, float | None]],
+    current: int | None,
+) -> tuple[Listed, ...]:
+    """All launches of a call.
+
+    Args:
+        knowledge: What is known of them.
+        sizes: batch, seq and kv_len of the call.
+        made: What became of those that were made, and the seconds.
+        current: Index of the launch at which the call stands.
+    """
+    rows: dict[tuple[str, ...], int] = {}
+    found = []
+    for index, (launch, at) in enumerate(knowledge.line.launches):
+        if isinstance(at, Fixed):
+            kernel = at.kernel
+        else:
+            known = dict(sizes_of(at.operator, launch, sizes, rows))
+            kernel = at.kernels[knowledge.rule[index](tuple(known[axis] for axis in at.axes))][0]
+        done, seconds = made.get(index, ("", None))
+        found.append(Listed(index, at.site, at.operator, kernel, done, seconds, index == current))
+    return tuple(found)
+
+
+def table(launches: Sequence[Listed]) -> str:
+    """One line for each launch, the current one marked."""
+    rows = [("", "launch", "site", "operator", "kernel", "", "us")]
+    rows += [
+        (
+            ">" if one.current else "",
+            str(one.index),
+            one.site,
+            one.operator,
+            one.kernel,
+            one.done,
+            "" if one.seconds is None else f"{one.seconds * 1e6:.1f}",
+        )
+        for one in launches
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in (1, 6) else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
