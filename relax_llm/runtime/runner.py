@@ -19,9 +19,14 @@ from relax_llm.runtime.control import Control, Forced, Planned
 from relax_llm.runtime.counts import Counts
 from relax_llm.runtime.execution import Execution, Knowledge
 from relax_llm.runtime.interpreter import Interpreter
+from relax_llm.runtime.limits import limits as machine_limits
+from relax_llm.runtime.program import Program
 from relax_llm.runtime.state import State
 from relax_llm.runtime.stepper import Steps
+from relax_llm.runtime.tracing import Tracer
 from relax_llm.text.tokenizer import Tokenizer
+from relax_llm.tracing.limits import Limits
+from relax_llm.tracing.trace import Trace
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -75,12 +80,18 @@ class Runner:
         self._functions = {name: self._machine[name] for name in manifest.functions}
         self._running = Lock()  # the virtual machine has one set of registers
         self._control = Control(artifact, self._machine, selection, self._running)
+        self._tracer = Tracer(artifact, self._machine, self._control, self.limits)
         self._interpreter: Interpreter | None = None
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, if the artifact has one."""
         return self.artifact.tokenizer
+
+    @property
+    def program(self) -> Program:
+        """What the virtual machine executes."""
+        return self._machine.program
 
     def start(self, batch: int = 1) -> State:
         """An empty state.
@@ -205,6 +216,37 @@ class Runner:
         """
         return self._control.counting()
 
+    def tracing(self, limits: Limits | None = None) -> AbstractContextManager[Trace]:
+        """Trace what runs inside of a `with`: when each launch began and ended, which kernel it was, at which sizes.
+
+        ::
+
+            with runner.tracing() as trace:
+                runner.generate("My favorite music is", max_new_tokens=16)
+            print(trace)
+            trace.save("trace.json")               # for Perfetto
+
+        Compiled code reads the clock; no Python runs between two launches. What `steps` launches is not in it.
+
+        Args:
+            limits: What the machine can do, to compare with; by default `limits()`, when the trace is looked at.
+
+        Raises:
+            ArtifactError: The library has no clock; it was compiled by another version.
+        """
+        return self._tracer.tracing(limits, self._running)
+
+    def limits(self, *, anew: bool = False) -> Limits:
+        """What this machine can do at most: arithmetic in registers, and reading memory.
+
+        Measured once, for about half a second, with the code and the threads that kernels have, and kept in the cache.
+
+        Args:
+            anew: Measure again; what was measured while others used the machine is too low.
+        """
+        with self._running:
+            return machine_limits(self._machine, self.artifact.manifest, anew=anew)
+
     def steps(self, function: str, state: State, token_ids: Any) -> Steps:
         """Launch a function kernel by kernel, under your control.
 
@@ -283,7 +325,9 @@ class Runner:
     def _call(self, function: str, state: State, ids: npt.NDArray[np.int32]) -> Floats:
         sizes, arguments = self._arguments(state, ids)
         with self._running:
-            if self._control.active:
+            if self._tracer.active:
+                result = self._tracer.call(function, sizes, *arguments)
+            elif self._control.active:
                 result = self._control.call(function, sizes, *arguments)
             else:
                 result = self._functions[function](*arguments)
