@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from relax_llm.compiler.compile import compile
     from relax_llm.compiler.pipeline import pipeline
     from relax_llm.errors import RelaxLLMError
+    from relax_llm.finding.compare import compare
     from relax_llm.plan.kernel import Declined, Layout, kernel
     from relax_llm.plan.plan import Plan
     from relax_llm.runtime.chat import Chat
@@ -27,6 +28,7 @@ _PLACES = {
     "Runner": "relax_llm.runtime.runner",
     "State": "relax_llm.runtime.state",
     "Declined": "relax_llm.plan.kernel",
+    "compare": "relax_llm.finding.compare",
     "compile": "relax_llm.compiler.compile",
     "kernel": "relax_llm.plan.kernel",
     "load": "relax_llm.artifact.artifact",
@@ -45,6 +47,7 @@ __all__ = [
     "RelaxLLMError",
     "Runner",
     "State",
+    "compare",
     "compile",
     "kernel",
     "load",

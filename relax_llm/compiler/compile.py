@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 WEIGHT_FORMATS = ("f32", "bf16")
 SELECTIONS: tuple[Selection, ...] = ("dynamic", "pinned")
 
-_MAKE_NO_ARTIFACTS = ("cli", "runtime", "tuning")
+_MAKE_NO_ARTIFACTS = ("cli", "finding", "runtime", "tuning")
 """Parts of this package that what is compiled does not depend on."""
 
 
