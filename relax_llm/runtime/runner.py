@@ -21,7 +21,6 @@ from relax_llm.runtime.execution import Execution, Knowledge
 from relax_llm.runtime.interpreter import Interpreter
 from relax_llm.runtime.limits import limits as machine_limits
 from relax_llm.runtime.program import Program
-from relax_llm.runtime.program import Program
 from relax_llm.runtime.state import State
 from relax_llm.runtime.stepper import Steps
 from relax_llm.runtime.tracing import Tracer
@@ -88,11 +87,6 @@ class Runner:
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, if the artifact has one."""
         return self.artifact.tokenizer
-
-    @property
-    def program(self) -> Program:
-        """What the virtual machine executes."""
-        return self._machine.program
 
     @property
     def program(self) -> Program:
