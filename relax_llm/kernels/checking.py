@@ -33,9 +33,10 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 
-from relax_llm import cpu
+from relax_llm import cpu, formats
 from relax_llm.artifact.formulas import evaluate
 from relax_llm.errors import KernelError
+from relax_llm.formats import FORMATS
 from relax_llm.kernels import layout, operators, points as chosen_points, trial
 from relax_llm.kernels.forms import Realized
 from relax_llm.kernels.machine import CODE_GENERATION, Machine
@@ -323,15 +324,17 @@ def _layout_source(realized: Realized) -> list[str]:
     weight = next(operand for operand in realized.operands if operand.name == "weight")
     problem: Any = realized.problem
     sample = np.arange(problem.n * min(problem.k, 64), dtype=np.float32).reshape(problem.n, -1)
+    stored = FORMATS[problem.weight_format].encode(sample)
     try:
-        packed = np.ascontiguousarray(realized.layout.pack(sample)).tobytes()
+        packed = np.ascontiguousarray(realized.layout.pack(stored)).tobytes()
     except Exception:  # it may insist on the whole matrix, which the check itself gives it
         packed = secrets.token_bytes(16)
     return [realized.layout.name, str(weight), hashlib.sha256(packed).hexdigest()]
 
 
 def _record_modules() -> list[Any]:
-    return [module for name, module in sorted(sys.modules.items()) if name.startswith(operators.__name__)]
+    known = (operators.__name__, formats.__name__)
+    return [module for name, module in sorted(sys.modules.items()) if name.startswith(known)]
 
 
 def _recall(place: Path) -> str | None:

@@ -14,7 +14,7 @@ from tvm.tirx.script.builder import ir as T
 
 from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
-from relax_llm.kernels.layout import Layout
+from relax_llm.kernels.layout import Layout, Plain
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul.epilogue import core
 from relax_llm.kernels.matmul.problem import Matmul
@@ -76,7 +76,7 @@ def realize(kernel: Kernel, problem: Problem, machine: Machine) -> Realized:
     operands = operator.operands(part, layout)
     symbol = f"{kernel.name}__{part.name}"
     if kernel.form == "schedule":
-        if layout is not None and layout.name not in ("plain", "plain_bf16"):
+        if layout is not None and not isinstance(layout, Plain):
             raise KernelError(
                 f"Kernel {kernel.name!r} is a schedule of the plain loops, which read the weight plain, not "
                 f"{layout.name}."

@@ -8,7 +8,8 @@ from tvm.tirx.script.builder import ir as T
 
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.layout import Plain, Tiled, TiledPairs, parse
+from relax_llm.kernels.elements import element
+from relax_llm.kernels.layout import Plain, parse
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.problem import Problem, require_positive, tag
 
@@ -22,7 +23,8 @@ class Embedding(Problem):
     Attributes:
         rows: Rows of the table (the vocabulary, or the number of positions).
         hidden: Columns of the table.
-        layout: How the table lies in memory: None as in the checkpoint, else the layout of the matmul that shares it.
+        layout: How the table lies in memory: None as in the checkpoint, else the name of a layout, such as that of the
+            matmul that shares it.
     """
 
     operator: ClassVar[str] = "embedding"
@@ -45,31 +47,25 @@ class Embedding(Problem):
 def embedding(problem: Embedding, machine: Machine) -> PrimFunc:
     """ids [batch, seq] int32, table [rows, hidden] or packed -> out [batch, seq, hidden]."""
     hidden = problem.hidden
-    layout = parse(problem.layout) if problem.layout else None
+    layout = parse(problem.layout or "plain")
 
     def emit() -> None:
         batch, seq = b.size("batch"), b.size("seq")
         ids_arg = b.argument("ids", (batch, seq), "int32")
-        stored = layout or Plain()
-        table = b.argument("table", stored.shape(problem.rows, hidden), stored.dtype)
+        table = b.argument("table", layout.shape(problem.rows, hidden), layout.dtype)
         out_arg = b.argument("out", (batch, seq, hidden))
         rows = batch * seq
         ids, out = b.view(ids_arg, (rows,), "int32"), b.view(out_arg, (rows, hidden))
 
         def task(row: Expr) -> None:
             index = b.let("index", T.cast(ids[row], "int64"))
-            if isinstance(layout, TiledPairs):
-                with T.serial(hidden) as k:
-                    bits = table[index // layout.cols, k // 2, index % layout.cols, k % 2]
-                    wide = T.shift_left(T.cast(bits, "uint32"), T.uint32(16))
-                    b.put(out, T.reinterpret("float32", wide), row, k)
-            elif not isinstance(layout, Tiled):
+            if layout == Plain():
                 b.sweep(
                     hidden, lambda at, n: b.store(out, b.load(table, index, at, lanes=n), row, at, lanes=n)
                 )
             else:
                 with T.serial(hidden) as k:
-                    b.put(out, table[index // layout.cols, k, index % layout.cols], row, k)
+                    b.put(out, element(layout, table, index, k), row, k)
 
         b.tasks(rows, task, serial_if=rows <= _SERIAL_ROWS, name="row")
 

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from relax_llm.formats import FORMATS
 from relax_llm.kernels.layout import Tiled, TiledPairs, parse
 from relax_llm.kernels.matmul import Matmul, reference
 from relax_llm.kernels.matmul.family import matmul_kernels
@@ -127,25 +128,30 @@ def test_long_reductions_of_many_rows_are_blocked() -> None:
     assert serving == {1: "tiled", 8: "tiled", 128: "blocked", 1024: "blocked"}
 
 
-BF16 = (
+ENCODED = (
     Matmul(70, 33, weight_format="bf16", bias=True, residual=True),
     Matmul(100, 1302, weight_format="bf16", activation="silu", gated=True),
     Matmul(64, 655, weight_format="bf16"),
+    Matmul(70, 33, weight_format="f16", bias=True, residual=True),
+    Matmul(40, 655, weight_format="q8"),
+    Matmul(70, 1302, weight_format="q4", activation="silu", gated=True),
+    Matmul(70, 67, weight_format="q4s", residual=True),
 )
 
 
 @machines
-@pytest.mark.parametrize("problem", BF16, ids=lambda problem: problem.name)
-def test_bf16_weights_are_widened_exactly(on: str, problem: Matmul) -> None:
-    """Against float64 on the rounded weight: bf16 adds no error of its own, so the bound is that of f32."""
+@pytest.mark.parametrize("problem", ENCODED, ids=lambda problem: problem.name)
+def test_encoded_weights_are_widened_exactly(on: str, problem: Matmul) -> None:
+    """Against float64 on the decoded weight: a format adds no error of its own, so the bound is that of f32."""
     rows = tile_for(machine_of(on)).rows
+    format = FORMATS[problem.weight_format]
     for m in (1, 2, rows, rows + 1, 3 * rows + 1, 17 * rows):
         inputs = _inputs(problem, m)
-        rounded = {**inputs, "weight": inputs["weight"].astype(ml_dtypes.bfloat16)}
-        exact = {**inputs, "weight": rounded["weight"].astype(np.float32)}
-        out = _run(problem, on, "tiled", rounded)
+        encoded = {**inputs, "weight": format.encode(inputs["weight"])}
+        exact = {**inputs, "weight": format.decode(encoded["weight"], problem.k)}
+        out = _run(problem, on, "tiled", encoded)
         if m > rows:
-            np.testing.assert_array_equal(out, _run(problem, on, "blocked", rounded), err_msg=f"M = {m}")
+            np.testing.assert_array_equal(out, _run(problem, on, "blocked", encoded), err_msg=f"M = {m}")
         wide = replace(problem, weight_format="f32")
         np.testing.assert_array_equal(out, _run(wide, on, "tiled", exact), err_msg=f"M = {m}")
         if problem.gated:
@@ -161,7 +167,7 @@ def test_bf16_weights_are_widened_exactly(on: str, problem: Matmul) -> None:
 def test_pairs_lie_side_by_side(layout: TiledPairs) -> None:
     n, k = 70, 5
     weight = (np.arange(n * k) % 251).reshape(n, k).astype(np.float32)  # exact in bf16
-    packed = layout.pack(weight)
+    packed = layout.pack(FORMATS["bf16"].encode(weight))
     assert packed.shape == layout.shape(n, k)
     values = packed.view(ml_dtypes.bfloat16).astype(np.float32)
     plain = Tiled(layout.cols, layout.gated).pack(weight)  # [panels, K, cols]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -166,7 +165,7 @@ def _off(record: Operator, problem: Problem, which: int) -> Any:
     def off(_: Any, *arrays: Any) -> None:
         values = {o.name: value for o, value in zip(operands, arrays, strict=True)}
         every = _sizes_of(operands, values)
-        expected = record.expected(problem, every, _widened(values), False)
+        expected = record.expected(problem, every, values, False)
         for at, result in enumerate(o for o in operands if o.is_result):
             found = expected[result.name]
             right = found.right.copy()
@@ -176,14 +175,6 @@ def _off(record: Operator, problem: Problem, which: int) -> Any:
             values[result.name][...] = right
 
     return off
-
-
-def _widened(values: Mapping[str, Any]) -> dict[str, Any]:
-    """With a weight of bf16, which a kernel is given as its bits, in f32."""
-    return {
-        name: value.view(ml_dtypes.bfloat16).astype(np.float32) if value.dtype == np.uint16 else value
-        for name, value in ((name, np.asarray(value)) for name, value in values.items())
-    }
 
 
 def _sizes_of(operands: Sequence[Operand], values: Mapping[str, Any]) -> dict[str, int]:
@@ -206,7 +197,7 @@ def test_a_python_kernel_that_is_right_passes() -> None:
             _: Any, *arrays: Any, record: Any = record, problem: Any = problem, operands: Any = operands
         ) -> None:
             values = {o.name: value for o, value in zip(operands, arrays, strict=True)}
-            expected = record.expected(problem, _sizes_of(operands, values), _widened(values), False)
+            expected = record.expected(problem, _sizes_of(operands, values), values, False)
             for name, found in expected.items():
                 values[name][...] = found.right
 

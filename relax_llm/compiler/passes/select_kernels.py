@@ -13,7 +13,7 @@ from relax_llm.compiler.recipes import joined_name
 from relax_llm.kernels.dispatch import OPEN_SUFFIX, Branch, dispatcher, internal, open_dispatcher
 from relax_llm.kernels.forms import Realized, sizes_of
 from relax_llm.kernels.gpu import launched
-from relax_llm.kernels.layout import Layout, Plain, Tiled, TiledPairs
+from relax_llm.kernels.layout import Layout, Packed, Plain
 from relax_llm.kernels.library import build
 from relax_llm.kernels.lookup import Embedding
 from relax_llm.kernels.matmul import Matmul
@@ -172,7 +172,7 @@ def _sharing(
     """The problem of an embedding over a table in the layout that a matmul reads, and this layout; else as it was."""
     if isinstance(problem, Embedding) and call.args[1][1] in line.params:
         layout = shared.get(call.args[1][1].name)
-        if isinstance(layout, Tiled | TiledPairs):
+        if isinstance(layout, Packed):
             return changed_copy(problem, layout=layout.name), layout
     return problem, None
 

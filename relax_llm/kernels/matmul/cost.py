@@ -12,6 +12,7 @@ for all kernels alike do no harm. `relax-llm tune` measures instead.
 from collections.abc import Callable, Mapping
 
 from relax_llm import cpu
+from relax_llm.formats import FORMATS
 from relax_llm.kernels.layout import Tiled
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul.problem import Matmul
@@ -82,8 +83,9 @@ def _seconds(
     )  # a step cannot begin before the one before it is through
     compute = max(products, latency) + panels * tiles * blocking.parts * _TILE
     blocks = blocking.blocks(m)
-    width = 2 if problem.weight_format == "bf16" else 4
-    memory = width * problem.n * problem.k * (1 + (blocks - 1) * _AGAIN) / _MEMORY
+    memory = (
+        FORMATS[problem.weight_format].nbytes(problem.n, problem.k) * (1 + (blocks - 1) * _AGAIN) / _MEMORY
+    )
     alone = max(compute, memory) + (1 - hidden) * min(compute, memory) + more
     cores = max(1, cpu.cores())
     busy = tasks / -(-tasks // cores)  # cores that have work to the end

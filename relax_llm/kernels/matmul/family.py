@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from relax_llm.formats import FORMATS
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul.blocked import blocked
 from relax_llm.kernels.matmul.cost import blocked_cost, tiled_cost
@@ -12,7 +13,7 @@ from relax_llm.kernels.matmul.tiled import tiled
 from relax_llm.plan.kernel import Kernel
 from relax_llm.plan.sizes import Box
 
-_PACKED = frozenset({"f32", "bf16"})
+_PACKED = frozenset(FORMATS)
 _ALL = frozenset({"bias", "activation", "gate", "residual"})
 _FEW_ROWS = 6  # up to which a dot product for each output beats transposing the weight first
 

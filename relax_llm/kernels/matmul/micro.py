@@ -9,9 +9,10 @@ from tvm.tirx.script.builder import ir as T
 
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.layout import Tiled
+from relax_llm.kernels.layout import Packed
 from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.matmul.problem import Matmul
+from relax_llm.kernels.matmul.reading import Reader, panel_words, reader
 from relax_llm.kernels.matmul.shape import UNROLL, Tile, layout_for, tile_for
 from relax_llm.kernels.vectormath import ACTIVATIONS
 
@@ -27,16 +28,20 @@ class Operands:
 
     Attributes:
         problem: What is computed.
+        machine: What code is generated for.
+        layout: Of the weight.
         tile: The register tile.
         m: Rows.
         x: [M, K].
-        weight: [panels, K, cols], or in bf16 [panels, ceil(K / 2), cols, 2].
+        weight: In `layout`.
         bias: [N], or None.
         residual: [M, outputs], or None.
         out: [M, outputs].
     """
 
     problem: Matmul
+    machine: Machine
+    layout: Packed
     tile: Tile
     m: Expr
     x: Expr
@@ -59,6 +64,8 @@ class Operands:
         matrix = lambda tensor: b.view(tensor, (m, problem.outputs))  # noqa: E731
         return Operands(
             problem,
+            machine,
+            layout,
             tile_for(machine),
             m,
             b.view(x, (m, problem.k)),
@@ -70,38 +77,26 @@ class Operands:
 
     @property
     def words(self) -> int:
-        """Elements of four bytes that a panel of the weight has for one step of the reduction."""
-        return self.tile.cols // 2 if self.problem.weight_format == "bf16" else self.tile.cols
+        """Elements of four bytes that a panel of the weight has for one step of the reduction, rounded down."""
+        return self.panel_words // self.problem.k or 1
 
     @property
     def panel_words(self) -> int:
         """Elements of four bytes from one panel of the weight to the next."""
-        k = self.problem.k
-        return self.words * (k + k % 2 if self.problem.weight_format == "bf16" else k)
+        return panel_words(self.layout, self.problem.k)
 
     def bytes_ahead(self) -> Expr:
         """The weight as f32 [elements], for `Prefetch`, whatever it holds."""
         return b.view(self.weight, (self.panels * self.panel_words,))
 
-    def reader(self, panel: Expr, begin: Expr) -> Callable[[Expr, int, int], Expr]:
-        """What gives the f32 vector of a panel at (step after `begin`, the step's place in its turn, column)."""
-        if self.problem.weight_format != "bf16":
-            return lambda k, _, column: b.load(self.weight, panel, begin + k, column)
-        pairs = b.view(self.weight, (self.panels, self.panel_words), "uint32")
-
-        def widened(k: Expr, u: int, column: int) -> Expr:
-            both = b.load(pairs, panel, (begin + (k - u % 2)) * self.words + column)
-            bits = T.shift_left(both, T.broadcast(T.uint32(16), LANES))
-            if u % 2:
-                bits = T.bitwise_and(both, T.broadcast(T.uint32(0xFFFF0000), LANES))
-            return T.reinterpret(f"float32x{LANES}", bits)
-
-        return widened
+    def reader(self, panel: Expr, begin: Expr) -> Reader:
+        """What gives the f32 vectors of a panel from a step on, which is a multiple of four."""
+        return reader(self.layout, self.weight, self.panels, self.problem.k, self.machine)(panel, begin)
 
     @property
     def panels(self) -> int:
         """Panels of the weight."""
-        return Tiled(self.tile.cols, self.problem.gated).panels(self.problem.n)
+        return self.layout.panels(self.problem.n)
 
     @property
     def per_panel(self) -> int:

@@ -1,6 +1,6 @@
 """Matrix product with its epilogue: out = residual + act(x @ weight.T + bias), or act(gate) * up.
 
-x is [batch, seq, K]; a launch sees M = batch * seq rows. The weight is [N, K], of which a gated product uses the
+x is [batch, seq, K]; a launch sees M = batch * seq rows. The weight is [N, K] in its format; a gated product uses its
 first half as gate and the second as up.
 """
 
@@ -15,11 +15,11 @@ from tvm import te, tirx
 from tvm.tirx import PrimFunc
 
 from relax_llm.errors import KernelError
+from relax_llm.formats import FORMATS
 from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.elements import element
+from relax_llm.kernels.layout import Plain
 from relax_llm.kernels.problem import Problem, require_positive, tag
-
-_BYTES = {"f32": 4, "bf16": 2}
-"""Bytes of an element of the weight, by format."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Matmul(Problem):
     Attributes:
         n: Rows of the weight matrix; gated products have n / 2 outputs.
         k: Reduction length.
-        weight_format: How the matrix is stored.
+        weight_format: How the matrix is stored; a key of `relax_llm.formats.FORMATS`.
         bias: Add a vector of n after the reduction.
         activation: Applied after the bias (to the gate only, when gated); a key of `ACTIVATIONS`.
         gated: Multiply the activated first half of the outputs by the second half.
@@ -47,9 +47,9 @@ class Matmul(Problem):
 
     def __post_init__(self) -> None:
         require_positive(self, "n", "k")
-        if self.weight_format not in _BYTES:
+        if self.weight_format not in FORMATS:
             raise KernelError(
-                f"The weight format {self.weight_format!r} is not known; known: {', '.join(_BYTES)}."
+                f"The weight format {self.weight_format!r} is not known; known: {', '.join(FORMATS)}."
             )
         if self.gated and self.n % 2:
             raise KernelError(f"A gated product needs an even number of rows of its weight, not {self.n}.")
@@ -69,7 +69,7 @@ class Matmul(Problem):
 
     @property
     def bytes(self) -> str:
-        weights = self.n * (_BYTES[self.weight_format] * self.k + 4 * self.bias)
+        weights = FORMATS[self.weight_format].nbytes(self.n, self.k) + 4 * self.n * self.bias
         return f"{weights} + {4 * (self.k + self.outputs * (1 + self.residual))}*batch*seq"
 
 
@@ -80,7 +80,7 @@ def arguments(problem: Matmul) -> list[str]:
 
 
 def definition(problem: Matmul, *, flat: bool = False) -> PrimFunc:
-    """The definition: plain loops over the weight as it is in the checkpoint, to be scheduled or replaced.
+    """The definition: plain loops over the weight as its format encodes it, to be scheduled or replaced.
 
     Before and after the fusion that asks for it::
 
@@ -94,13 +94,12 @@ def definition(problem: Matmul, *, flat: bool = False) -> PrimFunc:
     names = ("M",) if flat else ("batch", "seq")
     outer = tuple(tirx.Var(name, "int64") for name in names)
     x = te.placeholder((*outer, problem.k), name="x")
-    half_wide = problem.weight_format == "bf16"
-    weight = te.placeholder((problem.n, problem.k), "uint16" if half_wide else "float32", name="weight")
-    stored: Callable[[Expr], Expr] = _widened if half_wide else _identity
+    plain = Plain(problem.weight_format)
+    weight = te.placeholder(plain.shape(problem.n, problem.k), plain.dtype, name="weight")
     k = te.reduce_axis((0, problem.k), name="k")
     product = te.compute(
         (*outer, problem.n),
-        lambda *at: te.sum(x[_ending(at, k)] * stored(weight[at[-1], k]), axis=k),
+        lambda *at: te.sum(x[_ending(at, k)] * element(plain, weight, at[-1], k), axis=k),
         name="matmul",
     )
     inputs, out = [x, weight], product
@@ -133,8 +132,8 @@ def reference(problem: Matmul, inputs: Mapping[str, npt.NDArray[Any]]) -> npt.ND
 
     Args:
         problem: What to compute.
-        inputs: "x" [M, K], "weight" [N, K] as in the checkpoint, and where the problem has them "bias" [N] and
-            "residual" [M, outputs].
+        inputs: "x" [M, K], "weight" [N, K] as floats, and where the problem has them "bias" [N] and "residual"
+            [M, outputs].
 
     Returns:
         [M, outputs].
@@ -153,11 +152,6 @@ def reference(problem: Matmul, inputs: Mapping[str, npt.NDArray[Any]]) -> npt.ND
 def _ending(at: tuple[Expr, ...], last: Expr) -> tuple[Expr, ...]:
     """Indices with another one for the last axis."""
     return (*at[:-1], last)
-
-
-def _widened(bits: Expr) -> Expr:
-    """The f32 that bf16 bits stand for."""
-    return tirx.reinterpret("float32", tirx.Cast("uint32", bits) << tirx.const(16, "uint32"))
 
 
 def _identity(x: Expr) -> Expr:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from relax_llm.kernels.layout import Tiled, TiledPairs
+from relax_llm.kernels.layout import Packed, packed_for
 from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.matmul.problem import Matmul
 
@@ -42,10 +42,9 @@ def tile_for(machine: Machine) -> Tile:
     return Tile(max(1, held * 13 // 16 * LANES // cols), cols)
 
 
-def layout_for(problem: Matmul, machine: Machine) -> Tiled | TiledPairs:
+def layout_for(problem: Matmul, machine: Machine) -> Packed:
     """The weight layout of this machine's kernels."""
-    kind = TiledPairs if problem.weight_format == "bf16" else Tiled
-    return kind(tile_for(machine).cols, problem.gated)
+    return packed_for(problem.weight_format, tile_for(machine).cols, gated=problem.gated)
 
 
 @dataclass(frozen=True)

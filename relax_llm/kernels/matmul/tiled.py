@@ -5,7 +5,7 @@ from tvm.tirx.script.builder import ir as T
 
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.layout import Layout, Plain, PlainBits
+from relax_llm.kernels.layout import Layout, Plain
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul.micro import Operands, Prefetch, micro_kernel, tiles_for, write
 from relax_llm.kernels.matmul.problem import Matmul
@@ -22,7 +22,7 @@ _STEPS = (
 def layout_named(name: str, problem: Matmul, machine: Machine) -> Layout:
     """The layout that a kernel's record names: "plain", or "tiled" for this machine's own."""
     if name == "plain":
-        return PlainBits() if problem.weight_format == "bf16" else Plain()
+        return Plain(problem.weight_format)
     return layout_for(problem, machine)
 
 

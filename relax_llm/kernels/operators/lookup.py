@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 
-import ml_dtypes
 import numpy as np
 from tvm import te, tirx
 from tvm.tirx import PrimFunc
 
-from relax_llm.kernels.layout import Layout, parse
+from relax_llm.formats import format_named
+from relax_llm.kernels.elements import element
+from relax_llm.kernels.layout import Layout, Plain, parse
 from relax_llm.kernels.lookup import Embedding, LastToken
 from relax_llm.kernels.operators.operator import (
     Array,
@@ -36,17 +37,10 @@ def embedding_definition(problem: Embedding) -> PrimFunc:
     rows = tirx.Var("M", "int64")
     ids = te.placeholder((rows,), "int32", name="ids")
     layout = parse(problem.layout or "plain")
-    shape = layout.shape(problem.rows, problem.hidden)
-    table = te.placeholder(shape, layout.dtype, name="table")
+    table = te.placeholder(layout.shape(problem.rows, problem.hidden), layout.dtype, name="table")
 
     def picked(row: tirx.Var, column: tirx.Var) -> tirx.Expr:
-        index = tirx.Cast("int64", ids[row])
-        if len(shape) == 2:
-            return table[index, column]
-        if len(shape) == 4:
-            bits = table[index // shape[2], column // 2, index % shape[2], column % 2]
-            return tirx.reinterpret("float32", tirx.Cast("uint32", bits) << tirx.const(16, "uint32"))
-        return table[index // shape[2], column, index % shape[2]]
+        return element(layout, table, tirx.Cast("int64", ids[row]), column)
 
     out = te.compute((rows, problem.hidden), picked, name="picked")
     func = te.create_prim_func([ids, table, out]).with_attr("global_symbol", f"loops_{problem.name}")
@@ -56,24 +50,24 @@ def embedding_definition(problem: Embedding) -> PrimFunc:
 def embedding_inputs(
     problem: Embedding, sizes: Sizes, rng: np.random.Generator, exact: bool
 ) -> dict[str, Array]:
-    """Random ids, the first and the last of the table among them, and a packed table."""
+    """Random ids, the first and the last of the table among them, and a table in its layout."""
     ids = rng.integers(0, problem.rows, rows_of(sizes), np.int32)
     ids[:: max(1, len(ids) // 3)] = problem.rows - 1
     ids[len(ids) // 2] = 0
+    layout = parse(problem.layout or "plain")
     table = rng.standard_normal((problem.rows, problem.hidden), np.float32)
-    return {"ids": ids, "table": parse(problem.layout or "plain").pack(table)}
+    return {"ids": ids, "table": layout.pack(format_named(layout.format).encode(table))}
 
 
 def embedding_expected(
     problem: Embedding, sizes: Sizes, values: Mapping[str, Array], exact: bool
 ) -> dict[str, Expected]:
     """Rows of the table, bit for bit."""
-    table, ids = values["table"], values["ids"].reshape(-1)
-    if table.ndim == 4:
-        bits = table.transpose(0, 2, 1, 3).reshape(table.shape[0] * table.shape[2], -1)[:, : problem.hidden]
-        table = np.ascontiguousarray(bits).view(ml_dtypes.bfloat16)
-    if table.ndim == 3:
-        table = table.transpose(0, 2, 1).reshape(-1, problem.hidden)
+    layout, format = parse(problem.layout or "plain"), format_named(parse(problem.layout or "plain").format)
+    stored, ids = values["table"], values["ids"].reshape(-1)
+    if not isinstance(layout, Plain):
+        stored = layout.unpack(stored, problem.rows, problem.hidden)
+    table = format.decode(stored, problem.hidden)
     right = table[ids].astype(np.float64)
     return {"out": Expected(right, np.zeros_like(right))}
 
@@ -90,6 +84,12 @@ EMBEDDING = Operator(
         Embedding(33, 64),
         Embedding(70, 20, "tiled32"),
         Embedding(70, 19, "tiled32_bf16"),
+        Embedding(40, 33, "tiled32_f16"),
+        Embedding(40, 70, "tiled32_q8"),
+        Embedding(70, 33, "tiled16_q4"),
+        Embedding(33, 64, "tiled32_q4s"),
+        Embedding(21, 19, "plain_f16"),
+        Embedding(21, 40, "plain_q8"),
     ),
     benchmarks=(Embedding(49152, 576), Embedding(128256, 2048)),
     mistakes=(Mistake({"rows": 0, "hidden": 4}, "at least 1"),),

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from relax_llm.formats import FORMATS, Blocks, Format
+from relax_llm.formats.blocks import Parts
 from relax_llm.kernels.layout import Layout, Plain
 from relax_llm.kernels.matmul.problem import Matmul, arguments, definition, reference
 from relax_llm.kernels.operators.operator import (
@@ -31,7 +32,7 @@ _SLOPE = {"silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13, "relu": 1.0}
 
 def operands(problem: Matmul, layout: Layout | None) -> tuple[Operand, ...]:
     """(x [M, K], weight, (bias [N]), (residual [M, outputs]), out [M, outputs])."""
-    layout = layout or Plain()
+    layout = layout or Plain(problem.weight_format)
     known = {
         "x": Operand("x", ("M", problem.k)),
         "weight": Operand("weight", layout.shape(problem.n, problem.k), layout.dtype, "weight"),
@@ -43,7 +44,7 @@ def operands(problem: Matmul, layout: Layout | None) -> tuple[Operand, ...]:
 
 
 def inputs(problem: Matmul, sizes: Sizes, rng: np.random.Generator, exact: bool) -> dict[str, Array]:
-    """x, the weight as in the checkpoint, bias and residual: normal numbers, or integers whose sums are exact."""
+    """x, the weight as encoded, bias and residual: normal numbers, or integers whose sums are exact."""
     return (_integers if exact else _reals)(problem, rows_of(sizes), rng)
 
 
@@ -61,8 +62,7 @@ def _reals(problem: Matmul, rows: int, rng: np.random.Generator) -> dict[str, Ar
     """Normal numbers; the weight scaled so that products are of order 1, where activations bend."""
     made = {name: rng.standard_normal(shape, np.float32) for name, shape in _shapes(problem, rows)}
     made["weight"] *= np.float32(1 / math.sqrt(problem.k))
-    if problem.weight_format == "bf16":  # what the kernel reads is what the reference reads
-        made["weight"] = made["weight"].astype(ml_dtypes.bfloat16).astype(np.float32)
+    made["weight"] = FORMATS[problem.weight_format].encode(made["weight"])
     return made
 
 
@@ -83,7 +83,25 @@ def _integers(problem: Matmul, rows: int, rng: np.random.Generator) -> dict[str,
     made = {name: draw(shape, limits[name]) for name, shape in _shapes(problem, rows)}
     for name in made.keys() - {"x"}:
         made[name] *= np.float32(2.0**-shift)
+    made["weight"] = _encoded_exactly(FORMATS[problem.weight_format], made["weight"], np.float16(2.0**-shift))
     return made
+
+
+def _encoded_exactly(format: Format, weight: Array, unit: np.float16) -> Array:
+    """A matrix of multiples of `unit`, none larger than `_LARGEST`, as a format encodes it when it loses nothing."""
+    if not isinstance(format, Blocks):
+        return format.encode(weight)
+    n, k = weight.shape
+    groups = format.groups(k)
+    padded = np.zeros((n, groups * format.group), np.float32)
+    padded[:, :k] = weight
+    lowest = -(np.arange(n * groups) % 2 + _LARGEST).reshape(
+        n, groups, 1
+    )  # minimums that are not all the same
+    whole = (padded / np.float32(unit)).astype(np.int32).reshape(n, groups, format.group)
+    codes = (whole - lowest if format.minimum else whole + format.zero).astype(np.uint8)
+    minimums = lowest[..., 0].astype(np.float16) * unit if format.minimum else None
+    return format.join(Parts(codes, np.full((n, groups), unit), minimums))
 
 
 def expected(problem: Matmul, sizes: Sizes, values: Mapping[str, Array], exact: bool) -> dict[str, Expected]:
@@ -93,6 +111,7 @@ def expected(problem: Matmul, sizes: Sizes, values: Mapping[str, Array], exact: 
         name: array.reshape(rows, -1) if name in ("x", "residual") else array
         for name, array in values.items()
     }
+    values["weight"] = FORMATS[problem.weight_format].decode(values["weight"], problem.k)
     right, bound = np.empty((rows, problem.outputs)), np.empty((rows, problem.outputs))
     step = max(1, _AT_ONCE // problem.k)
     for start in range(0, problem.outputs, step):
@@ -180,6 +199,12 @@ MATMUL = Operator(
         Matmul(48, 64, "bf16"),
         Matmul(70, 33, "bf16", activation="silu", gated=True),
         Matmul(21, 19, "bf16", bias=True, residual=True),
+        Matmul(40, 35, "f16", residual=True),
+        Matmul(48, 64, "q8"),
+        Matmul(70, 33, "q8", activation="silu", gated=True),
+        Matmul(48, 96, "q4", bias=True),
+        Matmul(70, 65, "q4", activation="silu", gated=True),
+        Matmul(21, 19, "q4s", bias=True, residual=True),
     ),
     benchmarks=(
         *(Matmul(n, k) for n, k in ((960, 576), (576, 576), (576, 1536), (49152, 576))),

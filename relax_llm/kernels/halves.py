@@ -1,0 +1,46 @@
+"""Widening floats of two bytes, kept as their bits in uint16, to f32: exactly, NaN and infinities included."""
+
+from tvm import tirx
+
+from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.machine import Machine
+
+
+def from_bf16(bits: Expr, lanes: int = 1) -> Expr:
+    """The f32 that the bits of bf16 stand for."""
+    return tirx.reinterpret(_kind("float32", lanes), _wide(bits, lanes) << _const(16, lanes))
+
+
+def from_f16(bits: Expr, lanes: int = 1, machine: Machine | None = None) -> Expr:
+    """The f32 that the bits of f16 stand for.
+
+    Where the machine has an instruction, that; else the exponent is put right by a product, which is exact for
+    subnormal numbers, too. Without a machine it is assumed to have none: a library function would be called.
+    """
+    if machine is not None and machine.features & {"f16c", "asimd"}:
+        return tirx.Cast(_kind("float32", lanes), tirx.reinterpret(_kind("float16", lanes), bits))
+    wide = _wide(bits, lanes)
+    moved = (wide & _const(0x7FFF, lanes)) << _const(13, lanes)
+    rebias = tirx.const(2.0**112, "float32")
+    scaled = tirx.reinterpret(_kind("float32", lanes), moved) * (
+        tirx.Broadcast(rebias, lanes) if lanes > 1 else rebias
+    )
+    special = (wide & _const(0x7C00, lanes)).equal(_const(0x7C00, lanes))
+    magnitude = tirx.Select(
+        special, moved | _const(0x7F800000, lanes), tirx.reinterpret(_kind("uint32", lanes), scaled)
+    )
+    sign = (wide & _const(0x8000, lanes)) << _const(16, lanes)
+    return tirx.reinterpret(_kind("float32", lanes), magnitude | sign)
+
+
+def _wide(bits: Expr, lanes: int) -> Expr:
+    return tirx.Cast(_kind("uint32", lanes), bits)
+
+
+def _const(value: int, lanes: int) -> Expr:
+    scalar = tirx.const(value, "uint32")
+    return tirx.Broadcast(scalar, lanes) if lanes > 1 else scalar
+
+
+def _kind(name: str, lanes: int) -> str:
+    return name if lanes == 1 else f"{name}x{lanes}"
