@@ -1,4 +1,4 @@
-"""What control costs: a decode plainly, with kernels chosen by the host, counted, and launch by launch.
+"""What control costs: a decode plainly, with kernels chosen by the host, counted, traced, and launch by launch.
 
 python -m benchmarks.control [CHECKPOINT] [--context 64] [--rounds 51]
 
@@ -34,6 +34,8 @@ def main() -> None:
         "the same plan, by the host": (lambda: runner.plan(artifact.plan), lambda: runner.decode(state, 1)),
         "pinned": (nullcontext, lambda: pinned.decode(state, 1)),
         "counted": (runner.counting, lambda: runner.decode(state, 1)),
+        "traced": (runner.tracing, lambda: runner.decode(state, 1)),
+        "traced and pinned": (pinned.tracing, lambda: pinned.decode(state, 1)),
         "launch by launch": (nullcontext, stepped),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
