@@ -70,6 +70,16 @@ class Line:
         return tuple(where for _, where in self.launches if isinstance(where, Place))
 
     @cached_property
+    def symbols(self) -> tuple[str, ...]:
+        """The functions of the library that they call."""
+        return tuple(launch.kernel for launch, _ in self.launches)
+
+    @cached_property
+    def sized(self) -> tuple[list[bool], ...]:
+        """Which arguments of each launch are sizes."""
+        return tuple([one.role == "size" for one in launch.arguments] for launch, _ in self.launches)
+
+    @cached_property
     def fixed(self) -> tuple[tuple[Launch, Fixed], ...]:
         """The launches that have none."""
         return tuple((launch, where) for launch, where in self.launches if isinstance(where, Fixed))

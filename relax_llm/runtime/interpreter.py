@@ -57,6 +57,23 @@ class _Decoded:
     values: tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class Calls:
+    """The calls of some functions in another one, in the order of its instructions.
+
+    Attributes:
+        each: Place and instruction of each.
+        names: What each calls.
+        order: Which of them stands at a place.
+        stops: What they call, as indices in the function table.
+    """
+
+    each: tuple[tuple[int, Call], ...]
+    names: tuple[str, ...]
+    order: Mapping[int, int]
+    stops: frozenset[int]
+
+
 class Interpreter:
     """Executes a machine's program. It has registers for each call, so several may be under way."""
 
@@ -72,7 +89,7 @@ class Interpreter:
         self._constants = [_value(constant) for constant in self.program.constants]
         self._functions = [self._callable(function) for function in self.program.functions]
         self._decoded: dict[str, _Decoded] = {}
-        self._calls: dict[str, tuple[tuple[int, Call], ...]] = {}
+        self._calls: dict[str, Calls] = {}
         self._rests: dict[tuple[str, int, bool], tuple[Callable[..., Any], tuple[int, ...]]] = {}
 
     def start(self, function: str, *arguments: Any) -> "Frame":
@@ -104,15 +121,21 @@ class Interpreter:
             self._decoded[function.name] = _Decoded(tuple(steps), tuple(values))
         return self._decoded[function.name]
 
-    def calls(self, name: str, callees: Container[str]) -> tuple[tuple[int, Call], ...]:
-        """Place and instruction of each call of some functions, in the order of a function's instructions."""
+    def calls(self, name: str, callees: Container[str]) -> Calls:
+        """The calls of some functions, by name, in a function."""
         if name not in self._calls:
             function, table = self.program.function(name), self.program.functions
             body = enumerate(self.program.instructions[function.start : function.end])
-            self._calls[name] = tuple(
+            each = tuple(
                 (at, call)
                 for at, call in body
                 if isinstance(call, Call) and table[call.function].name in callees
+            )
+            self._calls[name] = Calls(
+                each,
+                tuple(table[call.function].name for _, call in each),
+                {at: index for index, (at, _) in enumerate(each)},
+                frozenset(call.function for _, call in each),
             )
         return self._calls[name]
 

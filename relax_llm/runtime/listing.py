@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from relax_llm.runtime.choices import Fixed
 from relax_llm.runtime.control import sizes_of
 from relax_llm.runtime.execution import Knowledge
+from relax_llm.table import Table
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,9 @@ def listed(
     return tuple(found)
 
 
-def table(launches: Sequence[Listed]) -> str:
-    """One line for each launch, the current one marked."""
-    rows = [("", "launch", "site", "operator", "kernel", "", "us")]
-    rows += [
+def table(launches: Sequence[Listed], caption: str = "") -> Table:
+    """One row for each launch, the current one marked."""
+    rows = [
         (
             ">" if one.current else "",
             str(one.index),
@@ -73,11 +73,5 @@ def table(launches: Sequence[Listed]) -> str:
         )
         for one in launches
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column in (1, 6) else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    header = ("", "launch", "site", "operator", "kernel", "", "us")
+    return Table(header, rows, frozenset({1, 6}), caption)

@@ -12,7 +12,6 @@ from relax_llm.runtime.execution import Execution, Replacement
 from relax_llm.runtime.interpreter import Frame, Interpreter
 from relax_llm.runtime.launch import Array, Launch
 from relax_llm.runtime.listing import Listed, listed, table
-from relax_llm.runtime.program import Call
 from relax_llm.runtime.watching import Watch, Watched
 
 
@@ -58,9 +57,8 @@ class Steps:
         self._made: dict[int, tuple[str, float | None]] = {}
         self._places: dict[Breakpoint, frozenset[int]] = {}
         self._calls = interpreter.calls(self.function, self.knowledge.kernels)
-        self._order = {at: index for index, (at, _) in enumerate(self._calls)}
-        self._stops = frozenset(call.function for _, call in self._calls)
-        if [self._name(call) for _, call in self._calls] != [said.kernel for said, _ in self._launches]:
+        self._launches = self.knowledge.line.launches
+        if self._calls.names != self.knowledge.line.symbols:
             raise self._differs()
 
     @property
@@ -95,11 +93,13 @@ class Steps:
         return len(self._launches)
 
     def __str__(self) -> str:
-        return table(self.launches)
+        return str(table(self.launches))
+
+    def _repr_html_(self) -> str:
+        return table(self.launches, self._caption())._repr_html_()
 
     def __repr__(self) -> str:
-        where = "ended" if self.ended else f"at {self.current}" if self.current else "not begun"
-        return f"<{len(self)} launches of {self.function}, {where}>"
+        return f"<{self._caption()}>"
 
     def __iter__(self) -> Iterator[Launch]:
         return self
@@ -114,13 +114,12 @@ class Steps:
             raise StopIteration
         frame = self._go_past()
         with self._execution.lock:
-            call = frame.run_to(self._stops)
+            call = frame.run_to(self._calls.stops)
         if call is None:
             self._end(frame.result)
             raise StopIteration
-        index, arguments = self._order[frame.at], frame.arguments()
-        said = self._launches[index][0].arguments
-        if [one.role == "size" for one in said] != [isinstance(value, int) for value in arguments]:
+        index, arguments = self._calls.order[frame.at], frame.arguments()
+        if self.knowledge.line.sized[index] != [isinstance(value, int) for value in arguments]:
             raise self._differs()
         self._at, self._begun = frame.at, index + 1
         self._execution.index = index
@@ -263,9 +262,9 @@ class Steps:
         self._execution.index = None
         self._frame = self.current = None
 
-    @property
-    def _launches(self) -> tuple[tuple[Any, Any], ...]:
-        return self.knowledge.line.launches
+    def _caption(self) -> str:
+        where = "ended" if self.ended else f"at {self.current}" if self.current else "not begun"
+        return f"{len(self)} launches of {self.function}, {where}"
 
     def _opened(self) -> Frame:
         if self._frame is None:
@@ -304,7 +303,7 @@ class Steps:
             if new:
                 for one in asked:
                     if not one.behind:
-                        return self._stopped(launch, one, "it is what was asked for")
+                        return self._stopped(launch, one, str(one))
                 if passed == most:
                     return launch
             if not launch.done:
@@ -343,13 +342,16 @@ class Steps:
         if not watched.sites or self._frame is None or self.current is None:
             return
         last = self.current.index if self.current.done else self.current.index - 1
-        for index, (_, call) in enumerate(self._calls[: last + 1]):
+        for index, (_, call) in enumerate(self._calls.each[: last + 1]):
             said, at = self._launches[index]
-            if at.site in watched.sites:
-                for number, (one, argument) in enumerate(zip(said.arguments, call.arguments, strict=True)):
-                    value = self._frame.registers[argument.value] if one.role == "output" else None
-                    if value is not None:  # a register is emptied when nothing behind reads it
-                        yield f"output {number} of launch {index}, {at.site},", vm.view(value)
+            if at.site not in watched.sites:
+                continue
+            places = [place for place, one in enumerate(said.arguments) if one.role == "output"]
+            for number, place in enumerate(places):
+                value = self._frame.registers[call.arguments[place].value]
+                if value is not None:  # a register is emptied when nothing behind reads it
+                    output = "the output" if len(places) == 1 else f"output {number}"
+                    yield f"{output} of {at.site} ({at.operator}, launch {index})", vm.view(value)
 
     def _native(self, frame: Frame, first: int) -> Any:
         """Have TVM's own machine run the rest of a call, from a launch on; the lock is the caller's."""
@@ -362,9 +364,6 @@ class Steps:
         answer()
         rules = self.knowledge.rules[len(self.knowledge.rules) - len(line.chosen) :]
         return control.told(line, rules, self.sizes, lambda: function(*arguments))
-
-    def _name(self, call: Call) -> str:
-        return self._interpreter.program.functions[call.function].name
 
     def _differs(self) -> ArtifactError:
         return ArtifactError(
