@@ -83,9 +83,9 @@ def headline(trace: "Trace") -> str:
     if not trace.calls:
         return "Nothing was traced: no compiled function ran."
     counted = Counter(call.function for call in trace.calls)
-    ran = ", ".join(f"{count} {name}" for name, count in counted.items())
+    ran = ", ".join(f"{name} {count}" for name, count in counted.items())
     return (
-        f"{ran}: {len(trace.launches)} launches in {_milliseconds(trace.duration)} ms. "
+        f"Calls: {ran}; {len(trace.launches)} launches in {_milliseconds(trace.duration)} ms. "
         f"This machine can do {trace.limits}."
     )
 

@@ -1,0 +1,188 @@
+"""`relax-llm trace`: run a prompt and say where the time went, launch by launch."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from relax_llm.cli import answers, options as o, screen, tables
+from relax_llm.cli.models import check_threads, named_or_default, open_artifact, start_runner
+from relax_llm.errors import ContextLengthError, InputError
+
+if TYPE_CHECKING:
+    from relax_llm.runtime.runner import Runner
+    from relax_llm.table import Table
+    from relax_llm.tracing.limits import Limits
+    from relax_llm.tracing.trace import Trace
+
+_OUTPUT, _RUN = "Output", "Run"
+_ANEW = "anew"
+
+
+def trace(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="An artifact, or a checkpoint, which is compiled by way of the cache; by default SmolLM2.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to run.", rich_help_panel=_RUN)
+    ] = "My favorite music is",
+    ids: Annotated[
+        bool,
+        typer.Option("--ids", help="The prompt is token ids, such as '1, 2, 3'.", rich_help_panel=_RUN),
+    ] = False,
+    decodes: Annotated[
+        int,
+        typer.Option(
+            "--decodes", "-n", metavar="N", help="Tokens to decode behind the prompt.", rich_help_panel=_RUN
+        ),
+    ] = 16,
+    cold: Annotated[
+        bool,
+        typer.Option(
+            "--cold", help="Trace the first run of the process, not the second.", rich_help_panel=_RUN
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Where to write every launch, as JSON for ui.perfetto.dev or chrome://tracing.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    sites: Annotated[
+        bool, typer.Option("--sites", help="Tell the layers apart.", rich_help_panel=_OUTPUT)
+    ] = False,
+    limits: Annotated[
+        str | None,
+        typer.Option(
+            "--limits",
+            metavar="GFLOPS,GBS",
+            help='What this machine can do, in GFLOP/s and GB/s; "anew" measures again. By default measured once.',
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    weights: o.Weights = None,
+    architecture: o.Architecture = None,
+    kernels: o.Kernels = None,
+    target: o.Target = None,
+    threads: o.Threads = None,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Run a prompt and the tokens that follow it, and show where the time went: by operator, kernel and site."""
+    from relax_llm.tracing.limits import parse
+
+    check_threads(threads)
+    if decodes < 0:
+        raise InputError(f"--decodes is {decodes}; it must be 0 or above.")
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"{output} cannot be written: there is no directory {output.parent}.")
+    given = None if limits is None or limits == _ANEW else parse(limits)
+    token_ids = answers.parse_ids(prompt) if ids else None
+    named = named_or_default(model)
+    artifact = open_artifact(
+        named, weights=weights, architecture=architecture, kernels=kernels, target=target
+    )
+    if token_ids is None:
+        if artifact.tokenizer is None:
+            raise InputError(f"{named} has no tokenizer; give token ids with --ids.")
+        token_ids = artifact.tokenizer.encode(prompt)
+    if not token_ids:
+        raise InputError("The prompt is empty; give some text.")
+    runner = start_runner(artifact, threads)
+    traced = _run(runner, token_ids, decodes, cold=cold, limits=given, anew=limits == _ANEW)
+    if output is not None:
+        traced.save(output)
+    if json:
+        screen.json_document(_data(named, token_ids, traced))
+    else:
+        _show(traced, sites=sites)
+    if output is not None:
+        screen.hint(f"{len(traced.launches)} launches in {output}; open it at https://ui.perfetto.dev")
+
+
+def _run(
+    runner: "Runner",
+    token_ids: "list[int]",
+    decodes: int,
+    *,
+    cold: bool,
+    limits: "Limits | None",
+    anew: bool,
+) -> "Trace":
+    """A prefill and some decodes of the likeliest tokens, traced.
+
+    Raises:
+        ContextLengthError: They do not fit.
+    """
+    if len(token_ids) + decodes > runner.context_length:
+        raise ContextLengthError(
+            f"{len(token_ids)} tokens and {decodes} more do not fit into a context of {runner.context_length}."
+        )
+
+    def run(count: int) -> None:
+        state = runner.start()
+        logits = runner.prefill(state, token_ids)
+        for _ in range(count):
+            logits = runner.decode(state, int(logits.argmax()))
+
+    if not cold:  # whoever runs first maps the weights into memory
+        run(min(1, decodes))
+    if anew:
+        runner.limits(anew=True)
+    with runner.tracing(limits) as traced:
+        run(decodes)
+    return traced
+
+
+def _show(traced: "Trace", *, sites: bool) -> None:
+    from relax_llm.tracing.summary import headline, tables as summary
+
+    screen.write(f"{headline(traced)}\n")
+    for table in summary(traced, every_site=sites):
+        screen.write("\n")
+        _print(table)
+    if any(total.limit > 1.1 for total in traced.by("kernel")):
+        screen.note(
+            "More than 100% of the limit: the data came from a cache, or the machine was busy when its limits were "
+            "measured; --limits anew measures again."
+        )
+
+
+def _print(table: "Table") -> None:
+    tables.table(table.header, table.rows, numbers=table.numbers)
+
+
+def _data(model: str, token_ids: "list[int]", traced: "Trace") -> dict[str, Any]:
+    """Totals for JSON; single launches are in the file that --output writes."""
+    return {
+        "model": model,
+        "prompt": token_ids,
+        "limits": vars(traced.limits),
+        "calls": [
+            {
+                "function": call.function,
+                "sizes": dict(call.sizes),
+                "start": call.start,
+                "seconds": call.duration,
+                "outside_kernels": call.outside,
+                "launches": len(call.launches),
+            }
+            for call in traced.calls
+        ],
+        "seconds": traced.duration,
+        "outside_kernels": traced.outside,
+        "between_calls": traced.between,
+        "by_operator": [asdict(total) for total in traced.by("operator")],
+        "by_kernel": [asdict(total) for total in traced.by("kernel")],
+        "by_site": [asdict(total) for total in traced.by("site")],
+    }
