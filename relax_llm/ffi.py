@@ -38,14 +38,39 @@ def runtime() -> Any:
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     with _without_torch():
         import tvm_ffi
+    library = _library("tvm_runtime")
+    if library is None:
+        raise ArtifactError("TVM's runtime library is not installed; `pip install apache-tvm` brings it.")
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    return tvm_ffi
+
+
+@lru_cache(maxsize=1)
+def load_compiler() -> None:
+    """Load TVM's compiler library too, for the LLVM in it; its Python package is not imported.
+
+    Raises:
+        ArtifactError: It is not installed.
+    """
+    runtime()
+    library = _library("tvm_compiler")
+    if library is None:
+        raise ArtifactError(
+            "Assembly is made by the LLVM in TVM's compiler library, which is not installed; `pip install apache-tvm` "
+            "brings it."
+        )
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+def _library(name: str) -> Path | None:
+    """A library of the package `tvm`."""
     spec = importlib.util.find_spec("tvm")
     for location in (spec and spec.submodule_search_locations) or ():
-        for name in ("libtvm_runtime.so", "libtvm_runtime.dylib"):
-            library = Path(location) / "lib" / name
+        for ending in ("so", "dylib"):
+            library = Path(location) / "lib" / f"lib{name}.{ending}"
             if library.is_file():
-                ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-                return tvm_ffi
-    raise ArtifactError("TVM's runtime library is not installed; `pip install apache-tvm` brings it.")
+                return library
+    return None
 
 
 def is_loaded() -> bool:

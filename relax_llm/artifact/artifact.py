@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from relax_llm import cpu
 from relax_llm.artifact import weights
+from relax_llm.artifact.listings import LISTINGS, Listing, Listings
 from relax_llm.artifact.manifest import File, Manifest
 from relax_llm.errors import ArtifactError
 from relax_llm.plan.kernel import Kernel
@@ -84,6 +85,29 @@ class Artifact:
             ArtifactError: One was not given to `load`.
         """
         require(self.manifest.python_kernels, str(self.path))
+
+    @cached_property
+    def listings(self) -> Listings:
+        """What every function of the library was made from and into.
+
+        Raises:
+            ArtifactError: It was compiled by a version that kept none.
+        """
+        if LISTINGS not in self.manifest.files:
+            raise ArtifactError(f"{self.path} has no listings of its kernels; compile the artifact again.")
+        return Listings(self.path / LISTINGS)
+
+    def listing(self, name: str) -> Listing:
+        """What a function was made from and into: its source, TVMScript, LLVM IR and assembly.
+
+        Args:
+            name: Its symbol, as the manifest, `launch.symbol` and the listings themselves name it.
+
+        Raises:
+            InputError: There is no function of this name; those there are are listed.
+            ArtifactError: The listings cannot be read.
+        """
+        return self.listings[name]
 
     def weights(self) -> list[npt.NDArray[Any]]:
         """The packed weights, memory-mapped, in the order of the functions' argument."""

@@ -11,14 +11,15 @@ import tvm
 import tvm_ffi
 
 from relax_llm.artifact.artifact import PLAN, WEIGHTS, finish, versions
+from relax_llm.artifact.listings import LISTINGS
 from relax_llm.artifact.manifest import Cache, Manifest, Weight
 from relax_llm.artifact.weights import write
 from relax_llm.checkpoint import Checkpoint
-from relax_llm.compiler import launches
+from relax_llm.compiler import launches, listings
 from relax_llm.compiler.dump import dumping
 from relax_llm.compiler.export import export
 from relax_llm.compiler.link import write_library
-from relax_llm.compiler.parameters import match, reader
+from relax_llm.compiler.parameters import Reader, match
 from relax_llm.compiler.passes.lift_weights import weight_recipes
 from relax_llm.compiler.pipeline import Entry, as_pipeline, run
 from relax_llm.compiler.planner import Planner
@@ -73,8 +74,9 @@ def build(
     recipes = weight_recipes(mod)
     weights = _weights(mod, recipes)
     _check_space(directory, sum(weight.nbytes for weight in weights))
-    with progress.task("Compiling kernels", 1):
-        unlinked = write_library(instructions, machine, directory, planner.objects())
+    with progress.task("Compiling kernels", 1), listings.script(instructions) as script:
+        unlinked, llvm = write_library(instructions, machine, directory, planner.objects())
+    listings.write(directory / LISTINGS, instructions, planner, script.result(), llvm)
     (directory / PLAN).write_text(planner.plan().to_json(), encoding="utf-8")
     warnings: list[str] = []
 

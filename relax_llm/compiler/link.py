@@ -1,5 +1,6 @@
 """From a compiled module to a library: linked here, or for another processor where a linker for it is installed."""
 
+import re
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +17,9 @@ from relax_llm.artifact.artifact import HOW_TO_RUN_ON_GPU, LIBRARY, OBJECTS, SOU
 from relax_llm.errors import CompileError
 from relax_llm.kernels.instruments import instruments
 from relax_llm.kernels.machine import CODE_GENERATION, CUDA, Machine
+
+_ADDRESS = re.compile(r'"0x[0-9a-f]+"')
+"""What TVM calls a buffer in the metadata of LLVM IR: where it lay in the memory of the compiler."""
 
 _ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
 
@@ -40,7 +44,7 @@ def cross_linker(architecture: str) -> list[str] | None:
 
 def write_library(
     mod: tvm.IRModule, machine: Machine, directory: Path, objects: Sequence[bytes]
-) -> list[str]:
+) -> tuple[list[str], str]:
     """Generate code and link it, with the objects of kernels that came as C, into one shared library.
 
     What the runtime measures with goes into it too.
@@ -54,7 +58,7 @@ def write_library(
         objects: Object files of kernels.
 
     Returns:
-        What the user should know, one sentence each.
+        What the user should know, one sentence each; and the code of all kernels as LLVM IR.
 
     Raises:
         CompileError: There is no C++ compiler, or code generation or linking failed.
@@ -75,6 +79,7 @@ def write_library(
             executable = relax.build(
                 _with_instruments(mod, machine), machine.target, relax_pipeline=tvm.transform.Sequential([])
             )
+            llvm = llvm_of(executable.mod)
             options: dict[str, Any] = {"addons": [str(file) for file in files]}
             if linker:
                 options["fcompile"] = lambda output, inputs, **_: _link(linker, output, inputs)
@@ -84,14 +89,14 @@ def write_library(
     except (RuntimeError, ValueError) as error:
         raise CompileError(f"Generating code for {machine.name} failed: {error}") from error
     if machine.is_gpu:
-        return [f"This artifact holds kernels for a GPU, which cannot run here: {HOW_TO_RUN_ON_GPU}"]
+        return [f"This artifact holds kernels for a GPU, which cannot run here: {HOW_TO_RUN_ON_GPU}"], llvm
     if name == LIBRARY:
-        return []
+        return [], llvm
     return [
         f"The library is not linked: no linker for {machine.architecture} is installed here. {OBJECTS} holds its "
         f"objects; {how_to_link(machine.architecture)} Or install "
         f"{machine.architecture}-linux-gnu-g++, lld or zig here, and compile again."
-    ]
+    ], llvm
 
 
 def _with_instruments(mod: tvm.IRModule, machine: Machine) -> tvm.IRModule:
@@ -120,6 +125,14 @@ def _device_source(module: Any) -> str:
     if module.kind == CUDA:
         return str(module.inspect_source())
     return "".join(_device_source(imported) for imported in module.imports)
+
+
+def llvm_of(module: Any) -> str:
+    """The LLVM IR in a compiled module and in those that it imports, the same whenever the same is compiled."""
+    text = str(module.inspect_source("ll")) if module.kind == "llvm" else ""
+    known: dict[str, str] = {}
+    text = _ADDRESS.sub(lambda found: known.setdefault(found[0], f'"buffer{len(known)}"'), text)
+    return text + "".join(llvm_of(imported) for imported in module.imports)
 
 
 def _link(linker: list[str], output: str, inputs: Any) -> None:

@@ -12,6 +12,7 @@ from tvm import s_tir
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
+from relax_llm.artifact.listings import COMPILERS, Source
 from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.layout import Layout, Plain
@@ -40,6 +41,7 @@ class Realized:
         layout: How its weight lies in memory, for operators that have one.
         objects: Object files to link, as bytes.
         python: What calls back into Python, if it does.
+        source: C or C++ that it came as, and how that was compiled.
     """
 
     kernel: Kernel
@@ -50,6 +52,7 @@ class Realized:
     layout: Layout | None = None
     objects: tuple[bytes, ...] = ()
     python: PythonKernel | None = None
+    source: Source | None = None
 
 
 def layout_of(kernel: Kernel, problem: Problem, machine: Machine) -> Layout | None:
@@ -92,9 +95,8 @@ def realize(kernel: Kernel, problem: Problem, machine: Machine) -> Realized:
     made = kernel.make(part)
     if isinstance(made, str | Path):
         func = _extern(symbol, operands)
-        return Realized(
-            kernel, part, symbol, func, operands, layout, (_object(kernel, part, symbol, made, machine),)
-        )
+        compiled, source = _object(kernel, part, symbol, made, machine)
+        return Realized(kernel, part, symbol, func, operands, layout, (compiled,), source=source)
     if not isinstance(made, PrimFunc):
         raise KernelError(
             f"Kernel {kernel.name!r} gave {type(made).__name__} for {part.name}; expected a TIR PrimFunc, C source or "
@@ -132,8 +134,11 @@ def _packed(symbol: str, operands: Sequence[Operand]) -> PrimFunc:
     return b.prim_func(symbol, lambda: T.evaluate(T.call_packed(PREFIX + symbol, *_flat_call(operands))))
 
 
-def _object(kernel: Kernel, problem: Problem, symbol: str, made: str | Path, machine: Machine) -> bytes:
+def _object(
+    kernel: Kernel, problem: Problem, symbol: str, made: str | Path, machine: Machine
+) -> tuple[bytes, Source | None]:
     """Compile C or C++, in which the function has the kernel's name; or take an object file and rename it there."""
+    said = None
     if isinstance(made, Path):
         language = _SUFFIXES.get(made.suffix)
         if language is None:
@@ -162,16 +167,24 @@ def _object(kernel: Kernel, problem: Problem, symbol: str, made: str | Path, mac
         else:
             source = Path(directory) / f"{kernel.name}{'.c' if language == 'c' else '.cpp'}"
             source.write_bytes(content)  # compiled by its bare name, which some compilers keep in the object
-            names = ("cc", "gcc", "clang") if language == "c" else ("c++", "g++", "clang++")
-            tool = _tool(kernel, f"{language.upper()} source", *names)
+            tool = _tool(kernel, f"{language.upper()} source", *COMPILERS[language])
             near = [f"-I{made.parent.resolve()}"] if isinstance(made, Path) else []
-            flags = ["-O3", "-fPIC", *machine.c_flags, *near, *_macros(problem), f"-D{kernel.name}={symbol}"]
-            command = [tool, *flags, "-c", source.name, "-o", result.name]
+            flags = ["-O3", "-fPIC", *machine.c_flags, *_macros(problem), f"-D{kernel.name}={symbol}"]
+            said = Source(
+                language, source.name, 1, content.decode(errors="replace"), tuple(flags), _texts(kernel, made)
+            )
+            command = [tool, *flags, *near, "-c", source.name, "-o", result.name]
             what = f"does not compile as {language.upper()}"
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory)
         if done.returncode:
             raise KernelError(f"Kernel {kernel.name!r} {what} for {problem.name}:\n{done.stderr.strip()}")
-        return result.read_bytes()
+        return result.read_bytes(), said
+
+
+def _texts(kernel: Kernel, made: str | Path) -> dict[str, str]:
+    """The other files that C source may include, by name."""
+    files = (Path(name) for name in kernel.files if Path(name) != made)
+    return {file.name: file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()}
 
 
 def _tool(kernel: Kernel, what: str, *names: str) -> str:
