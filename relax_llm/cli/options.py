@@ -23,7 +23,10 @@ Model = Annotated[
 Weights = Annotated[
     str | None,
     typer.Option(
-        "--weights", metavar="FORMAT", help="How matrices are stored: f32 or bf16.", rich_help_panel=_MODEL
+        "--weights",
+        metavar="FORMAT",
+        help="How matrices are stored: f32, bf16, f16, q8, q4, q4s, or auto: as in the checkpoint.",
+        rich_help_panel=_MODEL,
     ),
 ]
 Architecture = Annotated[

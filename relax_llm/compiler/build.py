@@ -24,6 +24,7 @@ from relax_llm.compiler.passes.lift_weights import weight_recipes
 from relax_llm.compiler.pipeline import Entry, as_pipeline, run
 from relax_llm.compiler.planner import Planner
 from relax_llm.compiler.recipes import Array, Recipe, joined_name
+from relax_llm.compiler.storage import Storage
 from relax_llm.errors import ArchitectureError, ArtifactError, RelaxLLMError, TokenizerError
 from relax_llm.layers import Decoder, Fields
 from relax_llm.layers.decoder import attention_layers
@@ -55,6 +56,7 @@ def build(
     machine = planner.machine
     decoder = construct(architecture, checkpoint.config)
     tensors = match(checkpoint, decoder)
+    planner.storage = Storage.of(planner.weights, tensors, decoder.vocab_size)
     with progress.task("Tracing", 1):
         mod = export(decoder, machine)
     to_launches, to_instructions = (part.bind(planner) for part in as_pipeline(pipeline).parts())
@@ -85,7 +87,7 @@ def build(
             warnings.append(text)
             warn(text)
 
-    read = reader(tensors, note)
+    read = Reader(tensors, note)
     layouts = planner.layouts()
     by_name = dict(zip((weight.name for weight in weights), recipes, strict=True))
     with progress.task("Packing weights", len(weights)) as advance, (directory / WEIGHTS).open("wb") as file:
@@ -95,7 +97,19 @@ def build(
             return by_name[weight.name].make(read, layouts.__getitem__)
 
         write(file, weights, make)
-    notes = [*unlinked, *checkpoint.notes, *unused, *_save_tokenizer(checkpoint, directory), *warnings]
+    carried = (
+        [f"Blocks of {len(read.carried)} tensors are kept bit for bit as in the file."]
+        if read.carried
+        else []
+    )
+    notes = [
+        *carried,
+        *unlinked,
+        *checkpoint.notes,
+        *unused,
+        *_save_tokenizer(checkpoint, directory),
+        *warnings,
+    ]
     hidden = mod["hidden"].ret_ty.shape[-1]
     finish(
         directory,

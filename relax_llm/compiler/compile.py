@@ -17,8 +17,10 @@ from relax_llm import cpu
 from relax_llm.artifact.artifact import Artifact, load, replacing, versions
 from relax_llm.checkpoint import Checkpoint, open_checkpoint
 from relax_llm.compiler.sources import pass_sources
+from relax_llm.compiler.storage import AUTO, as_stored
 from relax_llm.compiler.user_kernels import gather
 from relax_llm.errors import ArchitectureError, ArtifactError, CompileError, KernelError
+from relax_llm.formats import FORMATS
 from relax_llm.places import cache_directory
 from relax_llm.plan.kernel import Kernel, Layout, Selection
 from relax_llm.plan.plan import Plan
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from relax_llm.compiler.pipeline import Entry
     from relax_llm.layers import Decoder
 
-WEIGHT_FORMATS = ("f32", "bf16")
+WEIGHT_FORMATS = (*FORMATS, AUTO)
 SELECTIONS: tuple[Selection, ...] = ("dynamic", "pinned")
 
 _MAKE_NO_ARTIFACTS = ("cli", "finding", "runtime", "tuning")
@@ -54,7 +56,8 @@ def compile(
 
     Args:
         checkpoint: A Hugging Face directory, a GGUF file, a hub id, or what `open_checkpoint` gave.
-        weights: How matrices are stored: "f32", or "bf16", which halves them; sums are f32 in both.
+        weights: How matrices are stored: "f32"; "bf16" or "f16", half of that; "q8", "q4" or "q4s", in 8.5, 5 or 4.5
+            bits; or "auto", the one of these that holds what the checkpoint has. See docs/formats.md.
         architecture: A subclass of `relax_llm.layers.Decoder`, or a Python file with one; by default the built-in one
             for the checkpoint's model_type.
         target: The processor to compile for: an x86-64 level such as "x86-64-v3", "aarch64", or "cuda" for
@@ -86,11 +89,13 @@ def compile(
     """
     if weights not in WEIGHT_FORMATS:
         raise CompileError(f"The weight format {weights!r} is not known; known: {', '.join(WEIGHT_FORMATS)}.")
-    if target == "cuda" and weights != "f32":
+    if target == "cuda" and weights not in ("f32", AUTO):
         raise CompileError(f"Kernels for the target cuda read weights as f32, not {weights}.")
     if selection not in SELECTIONS:
         raise CompileError(f"The selection {selection!r} is not known; known: {', '.join(SELECTIONS)}.")
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    if weights == AUTO:
+        weights = "f32" if target == "cuda" else as_stored(opened)
     if output is None and not cache:
         raise CompileError("Without the cache an output directory is needed: pass output=DIR.")
     chosen = gather(kernels)

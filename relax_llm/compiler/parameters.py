@@ -8,11 +8,13 @@ import numpy.typing as npt
 
 from relax_llm.checkpoint import Checkpoint, Tensor
 from relax_llm.errors import CheckpointError
+from relax_llm.formats import FORMATS, Blocks
 from relax_llm.layers import Decoder
 
 Array = npt.NDArray[Any]
 
 _LISTED = 8
+_BLOCKS = [format for format in FORMATS.values() if isinstance(format, Blocks)]
 
 
 def match(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, Tensor]:
@@ -59,24 +61,50 @@ def match(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, Tensor]:
     return found
 
 
-def reader(tensors: Mapping[str, Tensor], warn: Callable[[str], None]) -> Callable[[str], Array]:
-    """A function that reads one parameter as float32, and warns of values that are not finite."""
+class Reader:
+    """Reads one parameter at a time, and warns of values that are not finite.
 
-    def read(name: str) -> Array:
-        stored = tensors[name].read()
+    Attributes:
+        carried: The parameters whose blocks were taken as they are in the checkpoint.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], warn: Callable[[str], None]) -> None:
+        """Prepare to read the tensors of parameters."""
+        self._tensors = tensors
+        self._warn = warn
+        self.carried: set[str] = set()
+
+    def __call__(self, name: str) -> Array:
+        """A parameter as float32."""
+        tensor = self._tensors[name]
+        stored = tensor.read()
         if stored.dtype.kind not in "fV" and stored.dtype.name != "bfloat16":
-            raise CheckpointError(
-                f"{tensors[name].file}: tensor {tensors[name].name!r} holds {stored.dtype}, not floats."
-            )
+            raise CheckpointError(f"{tensor.file}: tensor {tensor.name!r} holds {stored.dtype}, not floats.")
         with np.errstate(all="ignore"):
             value = stored.astype(np.float32, copy=False)
             finite = np.isfinite(value.sum(dtype=np.float64))
         if not finite and not np.isfinite(value).all():
-            kind = "NaN" if np.isnan(value).any() else "infinite values"
-            warn(f"Tensor {tensors[name].name!r} contains {kind}; whatever passes through it is lost.")
+            self._not_finite(tensor, "NaN" if np.isnan(value).any() else "infinite values")
         return value
 
-    return read
+    def blocks(self, name: str, format: Blocks, *, transposed: bool) -> Array | None:
+        """The blocks of a matrix where the checkpoint has it in this format, or in one that this holds exactly."""
+        tensor = self._tensors[name]
+        theirs = next((known for known in _BLOCKS if known.stored_as == tensor.dtype), None)
+        if theirs is None or len(tensor.shape) != 2 or tensor.raw_is_transposed != transposed:
+            return None
+        stored = tensor.raw()
+        found = theirs.converted(stored, format)
+        if found is None:
+            return None
+        parts = theirs.split(stored)
+        if not all(np.isfinite(half).all() for half in (parts.scales, parts.minimums) if half is not None):
+            self._not_finite(tensor, "scales that are not finite")
+        self.carried.add(name)
+        return found
+
+    def _not_finite(self, tensor: Tensor, what: str) -> None:
+        self._warn(f"Tensor {tensor.name!r} contains {what}; whatever passes through it is lost.")
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from relax_llm.compiler.storage import Storage
 from relax_llm.errors import KernelError, PlanError
 from relax_llm.kernels.checking import check
 from relax_llm.kernels.forms import Realized, realize
@@ -56,6 +57,11 @@ class Planner:
 
     A user's kernels come first, in the order given; the built-in ones serve what they leave over. All kernels of a
     matrix read one layout, because its weight is stored once. A plan given decides for the problems it names.
+
+    Attributes:
+        machine: What is generated for.
+        weights: The format that was asked for.
+        storage: In which format each matrix is kept; set when the checkpoint's tensors are known.
     """
 
     def __init__(
@@ -84,6 +90,7 @@ class Planner:
             raise _clash(twice[0])
         self.machine = machine
         self.weights = weights
+        self.storage = Storage(weights)
         self._given = tuple(kernels)
         self._plan = plan
         self._selection = selection

@@ -3,16 +3,32 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from relax_llm.errors import CompileError
+from relax_llm.formats import FORMATS, Blocks, Format
 from relax_llm.kernels.layout import Layout, parse
 
 Array = npt.NDArray[Any]
-Read = Callable[[str], Array]
 Layouts = Callable[[str], Layout]
+
+
+class Read(Protocol):
+    """What recipes read parameters with."""
+
+    def __call__(self, name: str) -> Array:
+        """A parameter in float32."""
+        ...
+
+    def blocks(self, name: str, format: Blocks, *, transposed: bool) -> Array | None:
+        """A matrix, or its transpose, as the checkpoint has it encoded; None where that is not in this format.
+
+        Formats that hold the same numbers exactly count as one.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,46 @@ class Concat:
 
 
 @dataclass(frozen=True)
+class Encode:
+    """A matrix in a weight format. Each part of a joined one is encoded alone, for some may be encoded already."""
+
+    of: "Recipe"
+    format: str
+
+    def __str__(self) -> str:
+        return f"{self.format}({self.of})"
+
+    def make(self, read: Read, layouts: Layouts = parse) -> Array:
+        """A new array.
+
+        Raises:
+            CompileError: The format cannot hold the numbers.
+        """
+        try:
+            return _encoded(self.of, FORMATS[self.format], read, layouts)
+        except OverflowError as error:
+            raise CompileError(
+                f"{joined_name(self.sources())} cannot be stored as {self.format}: {error}"
+            ) from error
+
+    def sources(self) -> list[str]:
+        """The parameters this is made from."""
+        return self.of.sources()
+
+
+def _encoded(recipe: "Recipe", format: Format, read: Read, layouts: Layouts) -> Array:
+    if isinstance(recipe, Concat):
+        return np.concatenate([_encoded(part, format, read, layouts) for part in recipe.parts])
+    transposed = isinstance(recipe, Transpose)
+    source = recipe.of if isinstance(recipe, Transpose) else recipe
+    if isinstance(source, Source) and isinstance(format, Blocks):
+        blocks = read.blocks(source.name, format, transposed=transposed)
+        if blocks is not None:
+            return blocks
+    return format.encode(recipe.make(read, layouts))
+
+
+@dataclass(frozen=True)
 class Pack:
     """A matrix in the layout of the kernels that read it."""
 
@@ -89,7 +145,7 @@ class Pack:
         return self.of.sources()
 
 
-Recipe = Source | Transpose | Concat | Pack
+Recipe = Source | Transpose | Concat | Encode | Pack
 
 
 def to_json(recipe: Recipe) -> str:
@@ -109,6 +165,8 @@ def _data(recipe: Recipe) -> list[Any]:
         return ["transpose", _data(recipe.of)]
     if isinstance(recipe, Concat):
         return ["concat", [_data(part) for part in recipe.parts]]
+    if isinstance(recipe, Encode):
+        return ["encode", recipe.format, _data(recipe.of)]
     return ["pack", recipe.layout, _data(recipe.of)]
 
 
@@ -120,7 +178,8 @@ def _recipe(data: list[Any]) -> Recipe:
         return Transpose(_recipe(rest[0]))
     if kind == "concat":
         return Concat(tuple(_recipe(part) for part in rest[0]))
-    return Pack(_recipe(rest[1]), rest[0])
+    kinds = {"encode": Encode, "pack": Pack}
+    return kinds[kind](_recipe(rest[1]), rest[0])
 
 
 def joined_name(names: list[str]) -> str:

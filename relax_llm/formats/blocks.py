@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relax_llm.formats.fit import fit
+from relax_llm.formats.floats import refuse_larger
 
 Array = npt.NDArray[Any]
 
@@ -91,7 +92,11 @@ class Blocks:
 
         Returns:
             uint8 [N, bytes of a row].
+
+        Raises:
+            OverflowError: A number is too large for scales in f16.
         """
+        refuse_larger(matrix, "scales and minimums")
         codes, scales, minimums = fit(matrix, self.code_bits, minimum=self.minimum, group=self.group)
         return self.join(Parts(codes, scales, minimums))
 

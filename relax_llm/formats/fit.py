@@ -2,8 +2,8 @@
 
 The scale that just covers a group is not the best one: a slightly smaller or larger one may put more of the weights
 near a code. Several are tried; for each, weights are rounded to codes and the sum of w (x - s q - m)^2 is minimised
-over the scale s and the minimum m, which is a linear problem of two unknowns. The best is refined once more from its own s
-and m, after these are rounded to the f16 that is stored. Weights w grow with x^2, as in llama.cpp's quantizers.
+over the scale s and the minimum m, which is a linear problem of two unknowns. The best is refined once more from its
+own s and m, after these are rounded to the f16 that is stored. Weights w grow with x^2, as in llama.cpp's quantizers.
 """
 
 import os

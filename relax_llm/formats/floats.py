@@ -16,6 +16,9 @@ _TYPES = {
 }
 
 
+_LARGEST = float(np.finfo(np.float16).max)
+
+
 @dataclass(frozen=True)
 class Floats:
     """Floating point numbers, rounded to nearest; those of two bytes are kept as their bits, in uint16.
@@ -54,16 +57,36 @@ class Floats:
         """Encode a matrix.
 
         Args:
-            matrix: [N, K]. What is too large for f16 becomes infinite, as in any conversion.
+            matrix: [N, K].
 
         Returns:
             float32 [N, K], or uint16 [N, K]; contiguous, the matrix itself where that is possible.
+
+        Raises:
+            OverflowError: A number is too large for f16.
         """
-        with np.errstate(over="ignore"):
-            rounded = np.ascontiguousarray(matrix.astype(self.type, copy=False))
-        return rounded.view(self.dtype)
+        if self.name == "f16":
+            refuse_larger(matrix, "they")
+        return np.ascontiguousarray(matrix.astype(self.type, copy=False)).view(self.dtype)
 
     def decode(self, stored: Array, k: int) -> npt.NDArray[np.float32]:
         """The float32 matrix [N, K] that an encoded one stands for, exactly."""
         del k  # the shape tells
         return stored.view(self.type).astype(np.float32, copy=False)
+
+
+def refuse_larger(matrix: Array, what: str) -> None:
+    """Refuse finite numbers that f16 cannot hold.
+
+    Raises:
+        OverflowError: There is one; `what` would have to be f16.
+    """
+    if -_LARGEST <= matrix.min(initial=0) and matrix.max(initial=0) <= _LARGEST:
+        return
+    with np.errstate(over="ignore"):
+        beyond = matrix[~(np.abs(matrix) <= _LARGEST) & np.isfinite(matrix)]
+    if beyond.size:
+        raise OverflowError(
+            f"it has numbers up to {np.abs(beyond).max():.3g}, and f16, which {what} would be, ends at "
+            f"{_LARGEST:,.0f}; use bf16"
+        )

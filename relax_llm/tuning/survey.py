@@ -10,9 +10,11 @@ from relax_llm.checkpoint import Checkpoint
 from relax_llm.compiler.architectures import find
 from relax_llm.compiler.build import construct
 from relax_llm.compiler.export import export
+from relax_llm.compiler.parameters import match
 from relax_llm.compiler.passes.select_kernels import SelectKernels
 from relax_llm.compiler.pipeline import pipeline, run
 from relax_llm.compiler.planner import Choice, Planner
+from relax_llm.compiler.storage import Storage
 from relax_llm.errors import ArtifactError
 from relax_llm.kernels.forms import Realized
 from relax_llm.kernels.machine import Machine
@@ -74,6 +76,7 @@ def of_checkpoint(checkpoint: Checkpoint, architecture: Any, survey: Survey, pro
         KernelError: A kernel is wrong.
     """
     decoder = construct(find(checkpoint.config, architecture), checkpoint.config)
+    survey.storage = Storage.of(survey.weights, match(checkpoint, decoder), decoder.vocab_size)
     with progress.task("Tracing", 1):
         mod = export(decoder, survey.machine)
     standard = pipeline()

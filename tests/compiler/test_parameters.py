@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import relax_llm as rl
-from relax_llm.compiler.parameters import match, reader
+from relax_llm.compiler.parameters import Reader, match
 from relax_llm.errors import CheckpointError
 from relax_llm.layers import Fields
 from relax_llm.models import gpt2, llama
@@ -134,7 +134,7 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path, kind: str, dtype: 
     tensors: Tensors = {name: tensor.astype(dtype) for name, tensor in _good().items()}
     tensors[DOWN][3, 4] = KINDS[kind]
     said: list[str] = []
-    read = reader(_match(tmp_path, tensors), said.append)
+    read = Reader(_match(tmp_path, tensors), said.append)
     for name in tensors:
         value = read(name)
         assert value.dtype == np.float32
@@ -147,7 +147,7 @@ def test_large_values_are_no_reason_to_warn(tmp_path: Path) -> None:
     tensors[DOWN][:] = 3e38
     tensors[NORM][0], tensors[NORM][1] = 3.4e38, -3.4e38
     said: list[str] = []
-    read = reader(_match(tmp_path, tensors), said.append)
+    read = Reader(_match(tmp_path, tensors), said.append)
     for name in tensors:
         read(name)
     assert said == []
@@ -157,7 +157,7 @@ def test_infinities_of_both_signs_are_seen(tmp_path: Path) -> None:
     tensors = _good()
     tensors[NORM][:2] = np.inf, -np.inf
     said: list[str] = []
-    reader(_match(tmp_path, tensors), said.append)(NORM)
+    Reader(_match(tmp_path, tensors), said.append)(NORM)
     assert len(said) == 1
 
 
@@ -168,7 +168,7 @@ def test_whole_numbers_are_refused(tmp_path: Path, dtype: type) -> None:
     with pytest.raises(
         CheckpointError, match=r"model\.safetensors.*'model\.norm\.weight' holds \w+, not floats"
     ):
-        reader(_match(tmp_path, tensors), lambda _: None)(NORM)
+        Reader(_match(tmp_path, tensors), lambda _: None)(NORM)
 
 
 def test_nan_in_weights_warns_once_and_stays_in_the_notes(tmp_path: Path) -> None:

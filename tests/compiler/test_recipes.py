@@ -11,6 +11,7 @@ from hypothesis import given, strategies as st
 
 from relax_llm.compiler.recipes import (
     Concat,
+    Encode,
     Pack,
     Recipe,
     Source,
@@ -19,6 +20,9 @@ from relax_llm.compiler.recipes import (
     joined_name,
     to_json,
 )
+from relax_llm.errors import CompileError
+from relax_llm.formats import FORMATS, Blocks
+from relax_llm.kernels.layout import TiledGroups
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -30,7 +34,19 @@ A, B, C = (
 )
 TENSORS = {"a.weight": A, "b.weight": B, "c.weight": C, "v": A[:, 0], "u": B[:, 0]}
 
+CODED = FORMATS["q8"].encode(C.T + 1)  # other numbers, so that it shows whether blocks are taken
+
 a, b, c = Source("a.weight"), Source("b.weight"), Source("c.weight")
+
+
+class Stored:
+    """Parameters in memory, of which the transpose of one is there in q8."""
+
+    def __call__(self, name: str) -> Array:
+        return TENSORS[name]
+
+    def blocks(self, name: str, format: Blocks, *, transposed: bool) -> Array | None:
+        return CODED if (name, format.name, transposed) == ("c.weight", "q8", True) else None
 
 
 def _panels(matrix: Array, cols: int) -> Array:
@@ -60,15 +76,37 @@ CASES: list[tuple[Recipe, Array, str, list[str]]] = [
         ["b.weight", "b.weight"],
     ),
     (Transpose(Transpose(a)), A, "transpose(transpose(a.weight))", ["a.weight"]),
+    (
+        Encode(Concat((a, b)), "bf16"),
+        FORMATS["bf16"].encode(np.vstack([A, B])),
+        "bf16(concat(a.weight, b.weight))",
+        ["a.weight", "b.weight"],
+    ),
+    (
+        Pack(Encode(Concat((Transpose(c), a)), "q8"), "tiled16_q8"),
+        TiledGroups(16).pack(np.vstack([CODED, FORMATS["q8"].encode(A)])),
+        "tiled16_q8(q8(concat(transpose(c.weight), a.weight)))",
+        ["c.weight", "a.weight"],
+    ),
 ]
 
 
 @pytest.mark.parametrize(("recipe", "expected", "text", "sources"), CASES, ids=[case[2] for case in CASES])
 def test_recipe(recipe: Recipe, expected: Array, text: str, sources: list[str]) -> None:
-    np.testing.assert_array_equal(recipe.make(TENSORS.__getitem__), expected)
+    np.testing.assert_array_equal(recipe.make(Stored()), expected)
     assert str(recipe) == text
     assert recipe.sources() == sources
     assert from_json(to_json(recipe)) == recipe
+
+
+def test_what_a_format_cannot_hold_is_refused() -> None:
+    class Large(Stored):
+        def __call__(self, name: str) -> Array:
+            return np.full((2, 40), 1e9, np.float32)
+
+    for name in ("f16", "q8", "q4", "q4s"):
+        with pytest.raises(CompileError, match=rf"a.weight cannot be stored as {name}: .*1e\+09"):
+            Encode(a, name).make(Large())
 
 
 def test_json() -> None:

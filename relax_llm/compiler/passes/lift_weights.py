@@ -6,9 +6,10 @@ from tvm import IRModule, relax
 
 from relax_llm.compiler.bindings import Edit, Line, is_op, substitute, transposed, typed, used
 from relax_llm.compiler.export import CACHES
-from relax_llm.compiler.passes.select_kernels import PACK
+from relax_llm.compiler.passes.select_kernels import ENCODE, PACK
 from relax_llm.compiler.recipes import (
     Concat,
+    Encode,
     Pack,
     Recipe,
     Source,
@@ -83,7 +84,9 @@ def _recipe(expr: relax.Expr, known: dict[relax.Var, Recipe]) -> Recipe | None:
         return Concat(tuple(known[part] for part in parts)) if all(part in known for part in parts) else None
     if is_op(expr, "relax.call_pure_packed") and expr.args[1] in known:
         symbol = str(expr.args[0].global_symbol)
-        return Pack(known[expr.args[1]], symbol.removeprefix(PACK)) if symbol.startswith(PACK) else None
+        for prefix, kind in ((ENCODE, Encode), (PACK, Pack)):
+            if symbol.startswith(prefix):
+                return kind(known[expr.args[1]], symbol.removeprefix(prefix))
     return None
 
 

@@ -22,8 +22,11 @@ from relax_llm.kernels.problem import Problem
 from relax_llm.layers.decoder import site_of
 from relax_llm.plan.python_kernel import PREFIX
 
+ENCODE = "relax_llm.encode."
+"""Prefix of the functions that encode a weight; the format follows. They run when the artifact is made."""
+
 PACK = "relax_llm.pack."
-"""Prefix of the functions that pack a weight; the layout follows. They run when the artifact is made."""
+"""Prefix of the functions that pack a weight; the layout follows."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,10 @@ class SelectKernels:
     Beside it stands an open one, which asks the host instead; only a controlled run calls it. On a GPU one kernel
     serves a problem, and its loops become the function's own.
 
-    An embedding that shares its table with a matmul reads it in the matmul's layout, so that it is stored once.
+    Where weights are not stored as f32, they are encoded first: `R.call_pure_packed("relax_llm.encode.q8", wd)`.
+
+    An embedding that shares its table with a matmul reads it in the matmul's layout, so that it is stored once. Another
+    table of tokens has the matmuls' format.
 
     Attributes:
         planner: Chooses the kernels, and keeps the choices for the plan.
@@ -56,23 +62,24 @@ class SelectKernels:
         edit = Edit(mod)
         problems = edit.problems()
         chosen: dict[tuple[str, int], tuple[Problem, Choice, Layout | None]] = {}
-        shared: dict[str, Layout] = {}
+        shared: dict[str, tuple[Layout, str]] = {}
         for line in edit.lines:
             for index, problem, call in _launches(line, problems):
                 if isinstance(problem, Matmul):
-                    problem = changed_copy(problem, weight_format=self.planner.weights)
                     weight = call.args[1][1]
+                    stored = self.planner.storage.format(_sources(line, weight), problem.n)
+                    problem = changed_copy(problem, weight_format=stored)
                     choice = self.planner.choose(problem, _site(line, [weight], problem))
                     # A GPU's kernels mostly read the weight as it is, as an embedding may beside them.
                     as_is = self.planner.machine.is_gpu and isinstance(choice.layout, Plain)
                     packed = None if as_is else choice.layout
                     chosen[line.name, index] = problem, choice, packed
                     if weight in line.params and choice.layout:
-                        shared[weight.name] = choice.layout
+                        shared[weight.name] = choice.layout, stored
         for line in edit.lines:
             for index, problem, call in _launches(line, problems):
                 if not isinstance(problem, Matmul):
-                    problem, layout = _sharing(line, problem, call, shared)
+                    problem, layout = self._table(line, problem, call, shared)
                     choice = self.planner.choose(problem, _site(line, list(call.args[1]), problem))
                     chosen[line.name, index] = problem, choice, layout
         installed: dict[str, ir.GlobalVar] = {}
@@ -84,13 +91,29 @@ class SelectKernels:
                 kernel, operands = installed[choice.name], list(call.args[1])
                 before = []
                 if layout is not None:
-                    before = [bind("packed", _pack(operands[1], layout))]
-                    operands[1] = before[0][0]
+                    before = _packed(operands[1], layout, _format_of(problem, layout))
+                    operands[1] = before[-1][0]
                 args = [kernel, relax.Tuple(operands), *call.args[2:]]
                 replaced = typed(relax.Call(call.op, args, call.attrs, call.ty_args))
                 line.body[index] = ((line.body[index] or (None,))[0], replaced)
                 line.insert(index, before)
         return edit.module()
+
+    def _table(
+        self, line: Line, problem: Problem, call: relax.Call, shared: Mapping[str, tuple[Layout, str]]
+    ) -> tuple[Problem, Layout | None]:
+        """The problem of an embedding over its table as it is stored, and this layout; another problem as it was."""
+        if not isinstance(problem, Embedding) or call.args[1][1] not in line.params:
+            return problem, None
+        table = call.args[1][1].name
+        layout, stored = shared.get(table, (None, ""))
+        if not isinstance(layout, Plain | Packed):  # not shared, or in a layout that only its kernel knows
+            of_tokens = problem.rows == self.planner.storage.vocab_size
+            stored = stored or (self.planner.storage.format([table], problem.rows) if of_tokens else "f32")
+            layout = Plain(stored)
+        if layout == Plain():
+            return problem, None
+        return changed_copy(problem, layout=layout.name), layout
 
     def _install(self, edit: Edit, problem: Problem, choice: Choice) -> ir.GlobalVar:
         """The function that the model calls: the one built-in kernel, or a dispatcher over several."""
@@ -139,6 +162,15 @@ def _epilogue(problem: Matmul, part: Matmul, name: str) -> PrimFunc:
 
 def _site(line: Line, operands: list[relax.Expr], problem: Problem) -> str:
     """The place that the first weight or cache among operands names; what has neither is a place of its own."""
+    for operand in operands:
+        names = _sources(line, operand)
+        if names:
+            return site_of(joined_name(names).rpartition(".")[0])
+    return problem.name
+
+
+def _sources(line: Line, operand: relax.Expr) -> list[str]:
+    """The weights or caches that an operand is made from, without a launch in between."""
     definitions = line.definitions()
     stored = line.params[2:]
 
@@ -149,11 +181,7 @@ def _site(line: Line, operands: list[relax.Expr], problem: Problem) -> str:
             return []
         return [name for part in used(definitions[var]) for name in sources(part)]
 
-    for operand in operands:
-        names = sources(operand) if isinstance(operand, relax.Var) else []
-        if names:
-            return site_of(joined_name(names).rpartition(".")[0])
-    return problem.name
+    return sources(operand) if isinstance(operand, relax.Var) else []
 
 
 def _launches(
@@ -166,18 +194,22 @@ def _launches(
                 yield index, problem, expr
 
 
-def _sharing(
-    line: Line, problem: Problem, call: relax.Call, shared: Mapping[str, Layout]
-) -> tuple[Problem, Layout | None]:
-    """The problem of an embedding over a table in the layout that a matmul reads, and this layout; else as it was."""
-    if isinstance(problem, Embedding) and call.args[1][1] in line.params:
-        layout = shared.get(call.args[1][1].name)
-        if isinstance(layout, Packed):
-            return changed_copy(problem, layout=layout.name), layout
-    return problem, None
+def _format_of(problem: Problem, layout: Layout) -> str:
+    """The format that a packed operand of a problem is encoded in."""
+    if isinstance(problem, Matmul):
+        return problem.weight_format
+    return layout.format if isinstance(layout, Plain | Packed) else "f32"
 
 
-def _pack(weight: relax.Expr, layout: Layout) -> relax.Expr:
+def _packed(weight: relax.Expr, layout: Layout, format: str) -> list[tuple[relax.Var, relax.Expr]]:
+    """Bindings that encode a weight [N, K] and pack it."""
     n, k = (int(size) for size in weight.ty.shape)
+    bindings = []
+    if format != "f32":
+        plain = Plain(format)
+        encoded = relax.TensorType(list(plain.shape(n, k)), plain.dtype)
+        bindings.append(bind("encoded", relax.op.call_pure_packed(ENCODE + format, weight, ty_args=encoded)))
+        weight = bindings[0][0]
     packed = relax.TensorType(list(layout.shape(n, k)), layout.dtype)
-    return relax.op.call_pure_packed(PACK + layout.name, weight, ty_args=packed)
+    bindings.append(bind("packed", relax.op.call_pure_packed(PACK + layout.name, weight, ty_args=packed)))
+    return bindings
