@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
@@ -23,6 +23,9 @@ from relax_llm.plan.kernel import Kernel
 from relax_llm.plan.plan import Plan
 from relax_llm.plan.python_kernel import register_given, require
 from relax_llm.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from relax_llm.runtime.kernel import CompiledKernel
 
 MANIFEST = "manifest.json"
 LIBRARY = "lib.so"
@@ -108,6 +111,30 @@ class Artifact:
             ArtifactError: The listings cannot be read.
         """
         return self.listings[name]
+
+    def kernel(
+        self, name: str | None = None, *, site: str | None = None, operator: str | None = None, **sizes: int
+    ) -> "CompiledKernel":
+        """A kernel on its own, to call with arrays of yours.
+
+        ::
+
+            kernel = artifact.kernel("tiled", site="layers.3.mlp.down_proj")
+            out = kernel(*kernel.random(M=17))
+
+        Args:
+            name: What the plan calls it, or a symbol of the library; by default the one that the plan has, by size.
+            site: A place in the model; needed where several places have a kernel of this name.
+            operator: What is computed there, where that is more than one thing.
+            sizes: Only a kernel that serves these; without a name, the one that the plan has for them.
+
+        Raises:
+            InputError: There is none, or more than one; they are listed.
+            ArtifactError: It cannot run here.
+        """
+        from relax_llm.runtime.kernel import kernel_of
+
+        return kernel_of(self, name, site, operator, sizes)
 
     def weights(self) -> list[npt.NDArray[Any]]:
         """The packed weights, memory-mapped, in the order of the functions' argument."""
