@@ -8,7 +8,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import tvm
 from tvm import ir
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
@@ -16,7 +15,8 @@ from tvm.tirx.script.builder import ir as T
 from relax_llm import ffi
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.dispatch import Branch, dispatcher, internal
-from relax_llm.kernels.machine import CODE_GENERATION, machine
+from relax_llm.kernels.generate import generate
+from relax_llm.kernels.machine import machine
 from relax_llm.kernels.matmul import Matmul
 from relax_llm.kernels.operators import operator_of
 from relax_llm.plan.plan import Range
@@ -38,8 +38,7 @@ class DispatchCost:
         for index, last in enumerate(_LASTS):
             kernel = _kernel(f"kernel{index}", float(index))
             functions[ir.GlobalVar(f"kernel{index}")] = kernel
-            inner, sizes = internal(kernel, operands, f"internal{index}")
-            variable = ir.GlobalVar(f"internal{index}")
+            variable, inner, sizes = internal(kernel, operands, f"internal{index}")
             functions[variable] = inner.without_attr("global_symbol")
             branches.append(Branch(str(index), _PROBLEM, operands, sizes, variable))
             ranges.append(Range(Box.of(M=(first, last)), str(index)))
@@ -48,8 +47,7 @@ class DispatchCost:
         self._ranges = ranges
         self._directory = tempfile.TemporaryDirectory()
         path = Path(self._directory.name) / "dispatch.so"
-        with tvm.transform.PassContext(config=CODE_GENERATION):
-            tvm.compile(tvm.IRModule(functions), target=machine().target).export_library(str(path))
+        generate(functions, machine()).export_library(str(path))
         self._library = ffi.runtime().load_module(str(path))
 
     def nanoseconds(self, rows: int, rounds: int = 300) -> float:

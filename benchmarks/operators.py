@@ -109,19 +109,16 @@ def _measured(names: list[str] | None, threads: int, rounds: int) -> Iterator[Ro
 
 def _launch(record: Any, problem: Any, sizes: dict[str, int]) -> Callable[[], object]:
     """A kernel bound to random inputs."""
-    import tvm
     import tvm_ffi
 
     from relax_llm.kernels.forms import realize
+    from relax_llm.kernels.generate import generate
     from relax_llm.kernels.library import build, built_in
-    from relax_llm.kernels.machine import CODE_GENERATION, machine
+    from relax_llm.kernels.machine import machine
     from relax_llm.kernels.points import all_sizes
 
     here = machine()
-    with tvm.transform.PassContext(config=CODE_GENERATION):
-        function = tvm.compile(tvm.IRModule({problem.name: build(problem, here)}), here.target).jit()[
-            problem.name
-        ]
+    function = generate({problem.name: build(problem, here)}, here).jit()[problem.name]
     every = {**all_sizes(record, sizes)}
     values = record.inputs(problem, every, np.random.default_rng(0), False)
     layout = None

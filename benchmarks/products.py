@@ -145,10 +145,10 @@ class RelaxLLM:
     def __init__(self, threads: int, shape: Shape) -> None:
         """Generate code for the kernels of one shape."""
         os.environ["TVM_NUM_THREADS"] = str(threads)
-        import tvm
         import tvm_ffi
 
-        from relax_llm.kernels.machine import CODE_GENERATION, machine
+        from relax_llm.kernels.generate import generate
+        from relax_llm.kernels.machine import machine
         from relax_llm.kernels.matmul import Matmul
         from relax_llm.kernels.matmul.family import matmul_kernels
         from relax_llm.kernels.matmul.tiled import layout_for
@@ -159,11 +159,9 @@ class RelaxLLM:
         self._packed = layout_for(problem, here).shape(shape.n, shape.k)
         self._kernels = {kernel.name: kernel for kernel in matmul_kernels(here) if kernel.layout == "tiled"}
         made = {name: kernel.make(problem) for name, kernel in self._kernels.items()}
-        functions = {name: func.with_attr("global_symbol", name) for name, func in made.items()}
-        with tvm.transform.PassContext(config=CODE_GENERATION):
-            library = tvm.compile(tvm.IRModule(functions), here.target).jit()
-        self._functions = {name: library[name] for name in functions}
-        self.names = list(functions)
+        library = generate(made, here).jit()
+        self._functions = {name: library[name] for name in made}
+        self.names = list(made)
 
     def bind(self, kernel: str, x: Array, out: Array, weights: list[Array]) -> Callable[[int], None] | None:
         """A kernel where it is valid."""

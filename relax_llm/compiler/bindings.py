@@ -12,7 +12,8 @@ from tvm.relax.analysis import free_vars
 from tvm.tirx import PrimFunc
 
 from relax_llm.errors import CompileError
-from relax_llm.kernels.dispatch import INTERNAL, OPEN
+from relax_llm.kernels.dispatch import OPEN
+from relax_llm.kernels.inner import ENTRY, INTERNAL, complete
 from relax_llm.kernels.problem import Problem, problem_of
 
 
@@ -118,12 +119,18 @@ class Edit:
         self._original = mod
         self._builder = relax.BlockBuilder(mod.clone())
         self._kernels: dict[str, ir.GlobalVar] = {}
+        self._called: dict[str, tuple[ir.GlobalVar, PrimFunc]] = {}
 
     def kernel(self, name: str, make: Callable[[], PrimFunc]) -> ir.GlobalVar:
         """The module's function of this name; made on first use."""
         if name not in self._kernels:
             self._kernels[name] = self._builder.add_func(make(), name)
         return self._kernels[name]
+
+    def called(self, var: ir.GlobalVar, func: PrimFunc) -> ir.GlobalVar:
+        """The variable by which kernels of the module call a function of this name; the first that came."""
+        known = self._called.setdefault(var.name_hint, (var, func))
+        return known[0]
 
     def problems(self) -> dict[ir.GlobalVar, Problem | None]:
         """The problem that each kernel of the original module solves."""
@@ -142,9 +149,11 @@ class Edit:
             for var, func in mod.functions_items()
             if var in launched
             or not isinstance(func, PrimFunc)
-            or any(mark in func.attrs for mark in (INTERNAL, OPEN))
+            or any(mark in func.attrs for mark in (INTERNAL, ENTRY, OPEN))
         }
-        return IRModule(kept, attrs=mod.attrs)
+        kernels = {var: func for var, func in kept.items() if isinstance(func, PrimFunc)}
+        kernels |= dict(self._called.values())
+        return IRModule({**kept, **complete(kernels)}, attrs=mod.attrs)
 
 
 def typed(expr: relax.Expr) -> relax.Expr:

@@ -5,10 +5,12 @@ built here is fully scheduled; no later pass changes its loops.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+from tvm.ir import Call, GlobalVar
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
@@ -17,6 +19,10 @@ from relax_llm.kernels.machine import LANES
 
 Expr = Any  # TIR expressions and buffers carry no useful static types in TVM's Python API.
 
+CALLS = "relax_llm.calls"
+"""Function attribute: the functions of the library that a kernel calls."""
+
+_calls: ContextVar[list[GlobalVar]] = ContextVar("calls of the function that is being built")
 
 _OPAQUE = 8  # The operator pattern that tells TVM's fusion to leave a function alone.
 
@@ -28,13 +34,29 @@ def prim_func(name: str, emit: Callable[[], None]) -> PrimFunc:
         name: The kernel's symbol in the compiled library.
         emit: Declares arguments with `argument` and `size`, then emits the body.
     """
-    with IRBuilder() as ib, T.prim_func(s_tir=True):
-        T.func_name(name)
-        T.func_attr(
-            {"global_symbol": name, "tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": _OPAQUE}
-        )
-        emit()
-    return ib.get()
+    attrs = {"global_symbol": name, "tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": _OPAQUE}
+    return build(name, attrs, emit)
+
+
+def build(name: str, attrs: Mapping[str, object], emit: Callable[[], None]) -> PrimFunc:
+    """Build a PrimFunc with attributes, to which `CALLS` is added where it calls others."""
+    calls: list[GlobalVar] = []
+    before = _calls.set(calls)
+    try:
+        with IRBuilder() as ib, T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr(dict(attrs))
+            emit()
+    finally:
+        _calls.reset(before)
+    func = ib.get()
+    return func.with_attr(CALLS, list(dict.fromkeys(calls))) if calls else func
+
+
+def call(function: GlobalVar, *arguments: Expr) -> None:
+    """Emit a call of a function that `kernels.inner` made: addresses and numbers, as it declares them."""
+    _calls.get().append(function)
+    T.evaluate(Call(function, list(arguments)))
 
 
 def size(name: str) -> Expr:

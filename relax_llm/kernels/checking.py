@@ -39,7 +39,8 @@ from relax_llm.errors import KernelError
 from relax_llm.formats import FORMATS
 from relax_llm.kernels import layout, operators, points as chosen_points, trial
 from relax_llm.kernels.forms import Realized
-from relax_llm.kernels.machine import CODE_GENERATION, Machine
+from relax_llm.kernels.generate import generate
+from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.operators import Operator, operator_of
 from relax_llm.kernels.points import all_sizes, sizes, status_of
 from relax_llm.kernels.trial import BOUND, EXPECTED, Argument, Launch, Request, Trial, array_file
@@ -194,10 +195,8 @@ def _build(realized: Realized, machine: Machine, directory: Path) -> Path:
     objects = [directory / f"object{index}.o" for index in range(len(realized.objects))]
     for path, content in zip(objects, realized.objects, strict=True):
         path.write_bytes(content)
-    func = realized.func.with_attr("global_symbol", realized.symbol)
     try:
-        with tvm.transform.PassContext(config=CODE_GENERATION):
-            compiled = tvm.compile(tvm.IRModule({realized.symbol: func}), target=machine.target)
+        compiled = generate({realized.symbol: realized.func}, machine)
         compiled.export_library(str(library), addons=[str(path) for path in objects])
     except (RuntimeError, ValueError, TypeError) as error:
         raise KernelError(

@@ -9,6 +9,7 @@ from tvm.tirx.script.builder import ir as T
 
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.inner import INTERNAL, returning
 from relax_llm.kernels.layout import Layout
 from relax_llm.kernels.matmul.epilogue import is_separate, left_over
 from relax_llm.kernels.matmul.problem import Matmul
@@ -16,9 +17,6 @@ from relax_llm.kernels.operators import Operand, operator_of
 from relax_llm.kernels.problem import Problem, tag
 from relax_llm.plan.plan import Range
 from relax_llm.plan.sizes import Box
-
-INTERNAL = "relax_llm.internal"
-"""Function attribute of kernels that only a dispatcher calls; they keep no symbol in the library."""
 
 OPEN = "relax_llm.open"
 """Function attribute of open dispatchers: the name of the dispatcher beside which they stand in the library."""
@@ -53,7 +51,9 @@ class Branch:
     epilogue: ir.GlobalVar | None = None
 
 
-def internal(func: PrimFunc, operands: Sequence[Operand], name: str) -> tuple[PrimFunc, tuple[str, ...]]:
+def internal(
+    func: PrimFunc, operands: Sequence[Operand], name: str
+) -> tuple[ir.GlobalVar, PrimFunc, tuple[str, ...]]:
     """A function over tensors as one over pointers and numbers, callable from other functions of its module.
 
     ::
@@ -66,7 +66,7 @@ def internal(func: PrimFunc, operands: Sequence[Operand], name: str) -> tuple[Pr
         name: The symbol.
 
     Returns:
-        The function, and the names of the sizes that follow its operands.
+        The variable by which it is called, the function, and the names of the sizes that follow its operands.
     """
     sizes: list[tirx.Var] = []
     names: list[str] = []
@@ -82,20 +82,22 @@ def internal(func: PrimFunc, operands: Sequence[Operand], name: str) -> tuple[Pr
             if isinstance(size, tirx.Var) and not any(size.same_as(known) for known in sizes):
                 sizes.append(size)
                 names.append(str(meant))
-    body = tirx.SeqStmt([*views, func.body, tirx.Return(tirx.const(0, "int32"))])
+    body = tirx.SeqStmt([*views, func.body])
     for key, value in (("device_type", _CPU), ("device_id", 0)):  # what memory from TVM's pool is asked for
         body = tirx.AttrStmt(tirx.const(0, "int32"), key, tirx.const(value, "int32"), body)
-    made = tirx.PrimFunc([*params, *sizes], body, ret_type=ir.PrimType("int32"))
+    var = ir.GlobalVar(name)
+    made = returning(var, [*params, *sizes], [body])
     attrs: dict[str, object] = {
         "tirx.is_scheduled": True,
         "tirx.noalias": True,
         "op_pattern": 8,
         INTERNAL: True,
         "global_symbol": name,
+        **{key: calls for key, calls in (func.attrs or {}).items() if key == b.CALLS},
     }
     for key, attr in attrs.items():
         made = made.with_attr(key, attr)
-    return made, tuple(names)
+    return var, made, tuple(names)
 
 
 def dispatcher(

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tvm
 from tvm import ir
 from tvm.tirx import PrimFunc
 
 from relax_llm.errors import CompileError
 from relax_llm.kernels.dispatch import Branch, dispatcher, internal
 from relax_llm.kernels.forms import Realized
-from relax_llm.kernels.machine import CODE_GENERATION, Machine
+from relax_llm.kernels.generate import generate
+from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul import Matmul
 from relax_llm.kernels.matmul.epilogue import epilogue, epilogue_operands
 from relax_llm.kernels.operators import operator_of
@@ -44,9 +44,9 @@ class _Module:
         self.functions: dict[ir.GlobalVar, PrimFunc] = {}
         self._variables: dict[str, ir.GlobalVar] = {}
 
-    def add(self, name: str, func: PrimFunc) -> ir.GlobalVar:
+    def add(self, name: str, func: PrimFunc, var: ir.GlobalVar | None = None) -> ir.GlobalVar:
         if name not in self._variables:
-            self._variables[name] = ir.GlobalVar(name)
+            self._variables[name] = var or ir.GlobalVar(name)
             self.functions[self._variables[name]] = func
         return self._variables[name]
 
@@ -76,8 +76,7 @@ def link(entrants: Sequence[Entrant], machine: Machine, path: Path) -> None:
         for name, data in objects.items():
             files.append(fresh / f"{name}.o")
             files[-1].write_bytes(data)
-        with tvm.transform.PassContext(config=CODE_GENERATION):
-            compiled = tvm.compile(tvm.IRModule(module.functions), target=machine.target)
+        compiled = generate(module.functions, machine)
         compiled.export_library(str(made), addons=[str(file) for file in files])
         made.replace(path)
     except (RuntimeError, ValueError, TypeError) as error:
@@ -91,14 +90,14 @@ def link(entrants: Sequence[Entrant], machine: Machine, path: Path) -> None:
 def _add(module: _Module, entrant: Entrant) -> None:
     """Add a function that the model could call, with this kernel alone behind it."""
     realized, problem = entrant.realized, entrant.problem
-    func, sizes = internal(realized.func, realized.operands, realized.symbol)
-    kernel = module.add(realized.symbol, func.without_attr("global_symbol"))
+    var, func, sizes = internal(realized.func, realized.operands, realized.symbol)
+    kernel = module.add(realized.symbol, func.without_attr("global_symbol"), var)
     rest = None
     if isinstance(problem, Matmul) and isinstance(realized.problem, Matmul) and realized.problem != problem:
         name = f"epilogue_{problem.name}__{realized.problem.name}"
-        func = epilogue(problem, realized.problem, name)
-        func, _ = internal(func, epilogue_operands(problem, realized.problem), name)
-        rest = module.add(name, func.without_attr("global_symbol"))
+        left = epilogue(problem, realized.problem, name)
+        var, func, _ = internal(left, epilogue_operands(problem, realized.problem), name)
+        rest = module.add(name, func.without_attr("global_symbol"), var)
     branch = Branch(realized.kernel.name, realized.problem, realized.operands, sizes, kernel, rest)
     everything = Range(Box().within(operator_of(problem).axes), branch.name)
     module.add(entrant.symbol, dispatcher(problem, realized.layout, [branch], [everything], entrant.symbol))

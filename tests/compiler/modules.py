@@ -11,7 +11,8 @@ from tvm import relax
 from relax_llm.compiler.export import export
 from relax_llm.compiler.pipeline import pipeline, run
 from relax_llm.compiler.planner import Planner
-from relax_llm.kernels.dispatch import INTERNAL, OPEN
+from relax_llm.kernels.dispatch import OPEN
+from relax_llm.kernels.inner import ENTRY, INTERNAL
 from relax_llm.kernels.machine import machine
 from relax_llm.layers import Fields
 from relax_llm.models import gpt2, llama
@@ -97,7 +98,7 @@ def called_of(mod: IRModule) -> dict[str, PrimFunc]:
     return {
         name: func
         for name, func in kernels_of(mod).items()
-        if not any(mark in (func.attrs or {}) for mark in (INTERNAL, OPEN))
+        if not any(mark in (func.attrs or {}) for mark in (INTERNAL, ENTRY, OPEN))
     }
 
 

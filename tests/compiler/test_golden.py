@@ -13,7 +13,7 @@ from tvm import IRModule
 
 from relax_llm.compiler.passes.hide_internal import HideInternal
 from relax_llm.kernels import builder as b
-from relax_llm.kernels.dispatch import INTERNAL
+from relax_llm.kernels.inner import INTERNAL
 
 from .modules import after, before, functions_of, kernels_of, stages, text_of
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import tvm
 import tvm_ffi
 
 from relax_llm import cpu
+from relax_llm.kernels import generate as code
 from relax_llm.kernels.library import build
-from relax_llm.kernels.machine import CODE_GENERATION, Machine, machine
+from relax_llm.kernels.machine import Machine, machine
 from relax_llm.kernels.problem import Problem
 
 from .guarded import Guarded, InOut, Out
@@ -57,8 +57,7 @@ def machine_of(name: str) -> Machine:
 
 def generate(func: Any, on: Machine) -> Any:
     """Generate code for one function, as the compiler does for a whole model."""
-    with tvm.transform.PassContext(config=CODE_GENERATION):
-        return tvm.compile(tvm.IRModule({str(func.attrs["global_symbol"]): func}), on.target)
+    return code.generate({str(func.attrs["global_symbol"]): func}, on)
 
 
 @cache

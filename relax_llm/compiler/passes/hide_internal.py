@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from tvm import IRModule
 from tvm.tirx import PrimFunc
 
-from relax_llm.kernels.dispatch import INTERNAL
+from relax_llm.kernels.inner import INTERNAL
 
 
 @dataclass(frozen=True)

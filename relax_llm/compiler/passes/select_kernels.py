@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace as changed_copy
 from functools import partial
 
 from tvm import IRModule, ir, relax
-from tvm.tirx import PrimFunc
 
 from relax_llm.compiler.bindings import Edit, Line, bind, is_launch, typed, used
 from relax_llm.compiler.planner import Choice, Planner
@@ -133,7 +132,9 @@ class SelectKernels:
                 and realized.problem != problem
             ):
                 name = f"epilogue_{problem.name}__{realized.problem.name}"
-                rest = edit.kernel(name, partial(_epilogue, problem, realized.problem, name))
+                left = epilogue(problem, realized.problem, name)
+                var, func, _ = internal(left, epilogue_operands(problem, realized.problem), name)
+                rest = edit.called(var, func)
             branches.append(
                 Branch(realized.kernel.name, realized.problem, realized.operands, sizes, kernel, rest)
             )
@@ -148,16 +149,8 @@ class SelectKernels:
         """What a dispatcher calls for a kernel, and the sizes that it takes behind its operands."""
         if realized.python is not None:
             return PREFIX + realized.symbol, tuple(sizes_of(realized.operands))
-        func, sizes = internal(realized.func, realized.operands, realized.symbol)
-        return edit.kernel(realized.symbol, partial(_same, func)), sizes
-
-
-def _same(func: PrimFunc) -> PrimFunc:
-    return func
-
-
-def _epilogue(problem: Matmul, part: Matmul, name: str) -> PrimFunc:
-    return internal(epilogue(problem, part, name), epilogue_operands(problem, part), name)[0]
+        var, func, sizes = internal(realized.func, realized.operands, realized.symbol)
+        return edit.called(var, func), sizes
 
 
 def _site(line: Line, operands: list[relax.Expr], problem: Problem) -> str:

@@ -6,9 +6,9 @@ from tvm.tirx.script.builder import ir as T
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.machine import LANES, Machine
-from relax_llm.kernels.matmul.micro import Operands, Prefetch, micro_kernel, tiles_for, write
+from relax_llm.kernels.matmul.operands import Operands, Parts, Sums, tiles_for, write
 from relax_llm.kernels.matmul.problem import Matmul
-from relax_llm.kernels.matmul.shape import UNROLL, blocked_blocking
+from relax_llm.kernels.matmul.shape import PIECE, blocked_blocking
 
 
 def blocked(problem: Matmul, machine: Machine) -> PrimFunc:
@@ -21,15 +21,12 @@ def blocked(problem: Matmul, machine: Machine) -> PrimFunc:
     next; every output is summed over k in ascending order, as in `tiled`, and so the results are the same.
     """
     blocking = blocked_blocking(problem, machine)
-    k, tile, steps, most = problem.k, blocking.tile, blocking.steps, blocking.tiles
-    count, rest = blocking.parts, problem.k % UNROLL
-    wide = steps + LANES if (steps // LANES) % 2 == 0 else steps
-    wide += -wide % LANES
+    k, tile, steps, most, count = problem.k, blocking.tile, blocking.steps, blocking.tiles, blocking.parts
 
     def emit() -> None:
         operands = Operands.declare(problem, machine, flat=True)
+        parts = Parts(operands, blocking, PIECE)
         m, x, panels = operands.m, operands.x, operands.panels
-        elements = operands.bytes_ahead()
         tiles = b.let("tiles", tiles_for(tile, m))
         blocks = b.let("blocks", (tiles + (most - 1)) // most)
         groups = blocking.groups(panels)
@@ -43,24 +40,21 @@ def blocked(problem: Matmul, machine: Machine) -> PrimFunc:
             height_all = b.let("rows", m * (start + own) // tiles - top)
             first_panel = b.let("first_panel", group * panels // groups)
             after = b.let("after", (group + 1) * panels // groups)
-            piece = b.scratch((most * tile.rows, wide))
-            sums = b.scratch((widest if count > 1 else 1, most * tile.rows, tile.cols))
+            piece = b.scratch((most * tile.rows, PIECE))
+            memory = None
+            if not operands.direct:
+                memory = b.scratch((widest if count > 1 else 1, most * tile.rows, tile.cols))
 
             with T.serial(count) as part:
                 begin = b.let("begin", part * steps)
                 length = b.let("length", T.min(T.int64(steps), k - begin))
-                whole = b.let("whole", T.min(T.int64(steps), k - rest - begin))
                 with T.serial(height_all) as row:
                     with T.serial(length // LANES) as at:
                         b.store(piece, b.load(x, top + row, begin + at * LANES), row, at * LANES)
-                    if k % LANES or steps % LANES:
+                    if k % LANES:
                         with T.serial(length % LANES) as at:
-                            b.put(
-                                piece,
-                                x[top + row, begin + length // LANES * LANES + at],
-                                row,
-                                length // LANES * LANES + at,
-                            )
+                            last = length // LANES * LANES + at
+                            b.put(piece, x[top + row, begin + last], row, last)
 
                 with T.serial(after - first_panel) as slot:
                     panel = b.let("panel", first_panel + slot)
@@ -68,9 +62,7 @@ def blocked(problem: Matmul, machine: Machine) -> PrimFunc:
                     following = b.let(
                         "following",
                         T.if_then_else(
-                            panel + 1 < after,
-                            (panel + 1) * operands.panel_words + begin * operands.words,
-                            first_panel * operands.panel_words + (begin + steps) * operands.words,
+                            panel + 1 < after, parts.at(panel + 1, part), parts.at(first_panel, part + 1)
                         ),
                     )
                     place = b.let("place", slot if count > 1 else slot * 0)
@@ -78,30 +70,14 @@ def blocked(problem: Matmul, machine: Machine) -> PrimFunc:
                         first = b.let("first", m * (start + i) // tiles)
                         height = b.let("height", m * (start + i + 1) // tiles - first)
                         at = b.let("at", first - top)
-
-                        def work(rows: int) -> None:
-                            acc = b.Registers(rows, b.chunks(tile.cols))
-                            if count > 1:
-                                b.either(part == 0, acc.clear, lambda: acc.load(sums, place, at))
-                            else:
-                                acc.clear()
-                            prefetch = Prefetch(elements, following, steps, own, i)
-                            micro_kernel(
-                                acc,
-                                lambda row, at_k: piece[at + row, at_k],
-                                operands.reader(panel, begin),
-                                whole,
-                                lambda turn, u: prefetch.emit(turn, u, tile, tile.rows, operands.words),
-                                rest,
-                                None if count == 1 else part == count - 1,
-                            )
-                            acc.store(sums, place, at)
-
-                        for rows in range(tile.least, tile.rows + 1):
-                            with b.when(height == rows):
-                                work(rows)
-                        with b.when(part == count - 1):
-                            write(operands, sums, (place, at), height, first, panel)
+                        sums = operands.in_place(first, panel)
+                        if memory is not None:
+                            sums = Sums(memory, (place, at, T.int64(0)), tile.cols)
+                        x_at = T.address_of(piece[at, 0])
+                        parts.tile(part, panel, height, x_at, sums, following, share=(i, own))
+                        if not operands.done:
+                            with b.when(part == count - 1):
+                                write(operands, sums, height, first, panel)
 
         b.tasks(blocks * groups, task, name="piece")
 

@@ -11,6 +11,10 @@ UNROLL = 4
 
 _TILED_STEPS = 320  # of the reduction at a time: a part of a panel and the next stay in a second-level cache
 _BLOCKED_STEPS = 640
+_WHOLE = 32  # steps that a part is a multiple of: groups of quantized weights stay in one piece
+PIECE = _BLOCKED_STEPS + 16
+"""Elements between rows of a piece of x: an odd number of cache lines, and one for all products of a library."""
+
 _TILES = 16  # at most in a block of rows
 _FEWEST = 4  # in a block of rows: fewer would read the weight too often
 _BLOCK = 1 << 18  # f32 of x in a block of rows, where it is more than `_FEWEST` tiles
@@ -97,9 +101,9 @@ def blocked_blocking(problem: Matmul, machine: Machine) -> Blocking:
 
 
 def _steps(k: int, most: int) -> int:
-    """Steps of each part: at most `most`, about the same in all, and whole turns of the loop."""
+    """Steps of each part: at most `most`, about the same in all."""
     count = -(-k // most)
-    return -(-k // (count * UNROLL)) * UNROLL
+    return -(-k // (count * _WHOLE)) * _WHOLE
 
 
 def first_blocked(machine: Machine) -> int:
