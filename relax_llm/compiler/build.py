@@ -88,13 +88,12 @@ def build(
             warn(text)
 
     read = Reader(tensors, note)
-    layouts = planner.layouts()
     by_name = dict(zip((weight.name for weight in weights), recipes, strict=True))
     with progress.task("Packing weights", len(weights)) as advance, (directory / WEIGHTS).open("wb") as file:
 
         def make(weight: Weight) -> Array:
             advance(1)
-            return by_name[weight.name].make(read, layouts.__getitem__)
+            return by_name[weight.name].make(read, planner.layout)
 
         write(file, weights, make)
     carried = (

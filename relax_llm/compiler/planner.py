@@ -8,7 +8,7 @@ from relax_llm.errors import KernelError, PlanError
 from relax_llm.kernels.checking import check
 from relax_llm.kernels.forms import Realized, realize
 from relax_llm.kernels.gpu_forms import try_for_gpu
-from relax_llm.kernels.layout import Layout
+from relax_llm.kernels.layout import Layout, parse
 from relax_llm.kernels.library import build, built_in
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul import Matmul
@@ -177,9 +177,10 @@ class Planner:
         """What must be registered before the model runs."""
         return [realized.python for realized in self.compiled() if realized.python]
 
-    def layouts(self) -> dict[str, Layout]:
-        """The weight layouts in use, by name."""
-        return {choice.layout.name: choice.layout for choice in self._choices.values() if choice.layout}
+    def layout(self, name: str) -> Layout:
+        """The weight layout of a name: a kernel's own, or one that ships."""
+        used = {choice.layout.name: choice.layout for choice in self._choices.values() if choice.layout}
+        return used.get(name) or parse(name)
 
     def choices(self) -> dict[str, tuple[Problem, Choice]]:
         """What was chosen, by the symbol of the function that the model calls."""
