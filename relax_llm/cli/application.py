@@ -16,6 +16,7 @@ from relax_llm.cli.env import env
 from relax_llm.cli.generate import generate
 from relax_llm.cli.inspect import inspect
 from relax_llm.cli.interrupts import Termination
+from relax_llm.cli.step import step
 from relax_llm.cli.trace import trace
 from relax_llm.cli.tune import tune
 
@@ -70,6 +71,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "compile": compile_,
     "inspect": inspect,
+    "step": step,
     "trace": trace,
     "tune": tune,
     "env": env,

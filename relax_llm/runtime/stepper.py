@@ -53,6 +53,7 @@ class Steps:
         self._execution = execution
         self._finish = finish
         self._result: Array | None = None
+        self._interrupted = False
         self._at = self._begun = 0
         self._made: dict[int, tuple[str, float | None]] = {}
         self._places: dict[Breakpoint, frozenset[int]] = {}
@@ -257,6 +258,10 @@ class Steps:
         self._end(result)
         return self.logits
 
+    def interrupt(self) -> None:
+        """Have `run`, `run_until` or `step`, which another thread is in, stop before the next launch."""
+        self._interrupted = True
+
     def close(self) -> None:
         """Leave it in the middle: the state stays as it was, and the memory is given back."""
         self._execution.index = None
@@ -292,7 +297,7 @@ class Steps:
 
     def _go(self, once: tuple[Breakpoint, ...], most: int | None = None) -> Launch | None:
         """Go on up to a breakpoint, or by so many launches."""
-        self.stop = None
+        self.stop, self._interrupted = None, False
         launch, new, passed = self.current, False, 0
         if launch is None:
             launch, new, passed = next(self, None), True, 1
@@ -304,7 +309,7 @@ class Steps:
                 for one in asked:
                     if not one.behind:
                         return self._stopped(launch, one, str(one))
-                if passed == most:
+                if passed == most or self._interrupted:
                     return launch
             if not launch.done:
                 behind = [(one, one.before(launch)) for one in asked if one.behind]
