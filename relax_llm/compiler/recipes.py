@@ -178,8 +178,9 @@ def _recipe(data: list[Any]) -> Recipe:
         return Transpose(_recipe(rest[0]))
     if kind == "concat":
         return Concat(tuple(_recipe(part) for part in rest[0]))
-    kinds = {"encode": Encode, "pack": Pack}
-    return kinds[kind](_recipe(rest[1]), rest[0])
+    if kind == "encode":
+        return Encode(_recipe(rest[1]), rest[0])
+    return Pack(_recipe(rest[1]), rest[0])
 
 
 def joined_name(names: list[str]) -> str:
