@@ -1,5 +1,6 @@
-"""`relax-llm inspect`: every kernel of an artifact, what it solves and what it costs."""
+"""`relax-llm inspect`: every kernel of an artifact, what it solves and what it costs, and the graph they are in."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -43,6 +44,23 @@ def inspect(
             "--rows", "-M", metavar="M", help="With --explain: at this many rows; short for --at M=..."
         ),
     ] = None,
+    graph: Annotated[
+        Path | None,
+        typer.Option(
+            "--graph",
+            metavar="FILE.html",
+            help="Write the graph of a function as a page: launches, tensors, kernels, code.",
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace", metavar="FILE", help="With --graph: show the times that `relax-llm trace` wrote."
+        ),
+    ] = None,
+    dot: Annotated[
+        bool, typer.Option("--dot", help="Print the graph of a function in Graphviz's language.")
+    ] = False,
     cuda: Annotated[
         bool, typer.Option("--cuda", help="Print the source of kernels compiled with --target cuda.")
     ] = False,
@@ -74,10 +92,22 @@ def inspect(
         return
     if rows is not None:
         raise InputError("--rows goes with --explain SITE.")
+    if trace is not None and graph is None:
+        raise InputError("--trace goes with --graph FILE.html.")
+    if graph is not None or dot:
+        from relax_llm.cli import graphs
+
+        if dot:
+            graphs.show_dot(path, manifest, function)
+        if graph is not None:
+            graphs.write_page(path, manifest, function, graph, trace)
+        return
     asked = report.Report(
         path, manifest, function, report.sizes_at(at, manifest, function), sites, weights_table
     )
     if json:
-        screen.json_document(report.as_data(asked))
+        from relax_llm.cli import graphs
+
+        screen.json_document(report.as_data(asked) | graphs.as_data(path, manifest, function))
     else:
         report.show(asked)

@@ -1,0 +1,1 @@
+"""The computational graph of a compiled function: launches, and the tensors that go from one to another."""
