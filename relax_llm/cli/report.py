@@ -9,7 +9,8 @@ from typing import Any
 
 from relax_llm.artifact import formulas
 from relax_llm.artifact.artifact import LIBRARY, MANIFEST, OBJECTS, SOURCE, WEIGHTS, Artifact, load
-from relax_llm.artifact.manifest import Kernel, Manifest
+from relax_llm.artifact.costs import cost as launch_cost
+from relax_llm.artifact.manifest import Kernel, Launch, Manifest
 from relax_llm.cli import screen, tables
 from relax_llm.cli.kernel_table import kernel_uses, parse_sizes, problem_text, shapes_text, symbols
 from relax_llm.cli.models import compile_with_notes, is_artifact, refuse_compile_options
@@ -147,16 +148,15 @@ def _show_kernels(manifest: Manifest) -> None:
 
 def _show_costs(report: Report) -> None:
     """The kernels of a function with what one launch and all launches cost, the most bytes first."""
-    counts = Counter(launch.kernel for launch in report.manifest.functions[report.function])
-    costs = {name: _costs(report.manifest.kernels[name], report.sizes or {}) for name in counts}
+    costs: dict[str, list[dict[str, int | float]]] = {}
+    for launch in report.manifest.functions[report.function]:
+        costs.setdefault(launch.kernel, []).append(_cost(report, launch))
+    totals = {
+        name: {unit: sum(cost[unit] for cost in each) for unit in each[0]} for name, each in costs.items()
+    }
     rows = [
-        (
-            name,
-            str(counts[name]),
-            *_cost_texts(costs[name]),
-            *_cost_texts({unit: counts[name] * cost for unit, cost in costs[name].items()}),
-        )
-        for name in sorted(counts, key=lambda name: -counts[name] * costs[name]["bytes"])
+        (name, str(len(costs[name])), *_cost_texts(costs[name][0]), *_cost_texts(totals[name]))
+        for name in sorted(costs, key=lambda name: -totals[name]["bytes"])
     ]
     header = ("kernel", "launches", "flops", "bytes", "all flops", "all bytes")
     tables.table(header, rows, numbers=range(1, len(header)))
@@ -166,8 +166,7 @@ def _show_sites(report: Report) -> None:
     launches = report.manifest.functions[report.function]
     rows = []
     for number, launch in enumerate(launches):
-        kernel = report.manifest.kernels[launch.kernel]
-        costs = () if report.sizes is None else _cost_texts(_costs(kernel, report.sizes))
+        costs = () if report.sizes is None else _cost_texts(_cost(report, launch))
         rows.append((str(number), launch.site, launch.kernel, *costs))
     header = ("#", "site", "kernel", "flops", "bytes")
     tables.table(header if report.sizes is not None else header[:3], rows, numbers=(0, 3, 4))
@@ -232,14 +231,18 @@ def _sites_text(sites: tuple[str, ...]) -> str:
 
 def _total(report: Report) -> dict[str, Any]:
     launches = report.manifest.functions[report.function]
-    kernels = [report.manifest.kernels[launch.kernel] for launch in launches]
-    costs = [_costs(kernel, report.sizes or {}) for kernel in kernels]
+    costs = [_cost(report, launch) for launch in launches]
     return {
         "function": report.function,
         "launches": len(launches),
         "flops": sum(cost["flops"] for cost in costs),
         "bytes": sum(cost["bytes"] for cost in costs),
     }
+
+
+def _cost(report: Report, launch: Launch) -> dict[str, int | float]:
+    """What a launch of the report costs at its sizes, which are not always those of the call."""
+    return dict(vars(launch_cost(report.manifest.kernels[launch.kernel], launch, report.sizes or {})))
 
 
 def _costs(kernel: Kernel, sizes: Mapping[str, int]) -> dict[str, int | float]:
@@ -288,7 +291,7 @@ def as_data(report: Report) -> dict[str, Any]:
         data["function"] = report.function
         data["sites"] = [
             {"site": launch.site, "kernel": launch.kernel, "shapes": shapes_text(launch)}
-            | ({} if sizes is None else _costs(manifest.kernels[launch.kernel], sizes))
+            | ({} if sizes is None else _cost(report, launch))
             for launch in manifest.functions[report.function]
         ]
     if report.weights:
