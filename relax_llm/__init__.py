@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from relax_llm.compiler.compile import compile
     from relax_llm.compiler.pipeline import pipeline
     from relax_llm.errors import RelaxLLMError
+    from relax_llm.finding.bisect import bisect
     from relax_llm.finding.compare import compare
+    from relax_llm.finding.float64 import float64
     from relax_llm.plan.kernel import Declined, Layout, kernel
     from relax_llm.plan.plan import Plan
     from relax_llm.runtime.chat import Chat
@@ -28,8 +30,10 @@ _PLACES = {
     "Runner": "relax_llm.runtime.runner",
     "State": "relax_llm.runtime.state",
     "Declined": "relax_llm.plan.kernel",
+    "bisect": "relax_llm.finding.bisect",
     "compare": "relax_llm.finding.compare",
     "compile": "relax_llm.compiler.compile",
+    "float64": "relax_llm.finding.float64",
     "kernel": "relax_llm.plan.kernel",
     "load": "relax_llm.artifact.artifact",
     "open_checkpoint": "relax_llm.checkpoint",
@@ -47,8 +51,10 @@ __all__ = [
     "RelaxLLMError",
     "Runner",
     "State",
+    "bisect",
     "compare",
     "compile",
+    "float64",
     "kernel",
     "load",
     "open_checkpoint",

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from relax_llm.artifact.manifest import Launch, Manifest
 from relax_llm.errors import InputError
-from relax_llm.finding.results import results
 from relax_llm.finding.walk import Counterpart, Receive
+from relax_llm.runtime.results import results
 from relax_llm.runtime.runner import Runner
 from relax_llm.runtime.state import State
 

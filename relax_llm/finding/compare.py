@@ -10,9 +10,9 @@ from relax_llm.artifact.artifact import Artifact, load
 from relax_llm.errors import InputError
 from relax_llm.finding.beside import Beside, check_alike
 from relax_llm.finding.comparison import CallDifference, Comparison, SiteDifference, drift
-from relax_llm.finding.difference import difference, divergence
 from relax_llm.finding.walk import Reference, Walk
 from relax_llm.finding.workload import DECODES, Workload, workload
+from relax_llm.numerics.difference import difference, divergence
 from relax_llm.progress import Progress, Silent
 from relax_llm.runtime.control import Planned
 from relax_llm.runtime.runner import Runner

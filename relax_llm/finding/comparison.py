@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from relax_llm.finding import bounds
-from relax_llm.finding.difference import Difference
+from relax_llm.numerics import bounds
+from relax_llm.numerics.difference import Difference
 
 Row = tuple[str, ...]
 

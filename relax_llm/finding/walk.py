@@ -8,11 +8,11 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from relax_llm.artifact.manifest import Manifest
-from relax_llm.finding import bounds
 from relax_llm.finding.comparison import SiteDifference
-from relax_llm.finding.difference import Difference, difference
-from relax_llm.finding.results import Result, overwrite, results, scale_of
+from relax_llm.numerics import bounds
+from relax_llm.numerics.difference import Difference, difference
 from relax_llm.runtime.launch import Launch
+from relax_llm.runtime.results import Result, overwrite, results, scale_of
 from relax_llm.runtime.runner import Runner
 from relax_llm.runtime.stepper import Steps
 

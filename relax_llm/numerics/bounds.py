@@ -13,7 +13,14 @@ from typing import Any
 UNIT = 2.0**-24
 """Unit roundoff of float32."""
 
-FORMATS: Mapping[str, float] = {"f32": 0.0, "f16": 2.0**-9, "bf16": 2.0**-6, "q8": 2.0**-4, "q4": 1.0}
+FORMATS: Mapping[str, float] = {
+    "f32": 0.0,
+    "f16": 2.0**-9,
+    "bf16": 2.0**-6,
+    "q8": 2.0**-4,
+    "q4": 1.0,
+    "q4s": 1.0,
+}
 """What another weight format may change in a product, as a share of its row.
 
 Rounding errors of the weights are independent, so they count as one of them does against one weight: about half a

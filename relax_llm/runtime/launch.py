@@ -2,7 +2,8 @@
 
 import inspect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -205,21 +206,43 @@ class Launch:
             raise InputError(f"repeat must be a positive whole number, not {repeat!r}.")
         if isinstance(kernel, str):
             self._check_kernel(kernel)
-        # A kernel may work in place on whatever is no weight, as those that write the caches do.
-        changed = [o.value for o in self.arguments if o.role not in ("size", "weight")]
-        kept = [array.copy() for array in changed]
         other = np.ones(_CACHE_SPILL // 8) if cold else None
         seconds = []
-        try:
+        with self._restored():
             self._timed(kernel)
             for _ in range(repeat):
                 if other is not None:
                     other.sum()
                 seconds.append(self._timed(kernel))
+        return median(seconds)
+
+    @contextmanager
+    def trying(self, kernel: Replacement) -> Iterator[None]:
+        """Have something else compute here, look at its outputs inside of a `with`, and have everything as it was after.
+
+        Args:
+            kernel: As for `replace`. It counts as nothing done.
+
+        Raises:
+            InputError: The launch is over, no such kernel serves these sizes, or what a function returns does not fit.
+        """
+        self._check_current()
+        if isinstance(kernel, str):
+            self._check_kernel(kernel)
+        with self._restored():
+            self._timed(kernel)
+            yield
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        """Put back at the end what kernels may write: they may work in place on whatever is no weight."""
+        changed = [o.value for o in self.arguments if o.role not in ("size", "weight")]
+        kept = [array.copy() for array in changed]
+        try:
+            yield
         finally:
             for array, before in zip(changed, kept, strict=True):
                 array[...] = before
-        return median(seconds)
 
     def fitting(self, returned: Any, what: str) -> tuple[Array, ...]:
         """What a function returned for the outputs, as arrays of their shapes and types.
@@ -298,7 +321,7 @@ class Launch:
         return self.site, self.operator, kernel, tuple((axis, self.sizes[axis]) for axis in axes)
 
     def _timed(self, kernel: Replacement | None) -> float:
-        """Launch once for `time`."""
+        """Launch once, uncounted; what it takes."""
         if kernel is None or isinstance(kernel, str):
             return self._launch(None if kernel is None else self._index_of(kernel), counts=False)
         begun = time.perf_counter()

@@ -1,7 +1,7 @@
 """The runner: an artifact in execution."""
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -21,6 +21,7 @@ from relax_llm.runtime.execution import Execution, Knowledge
 from relax_llm.runtime.interpreter import Interpreter
 from relax_llm.runtime.limits import limits as machine_limits
 from relax_llm.runtime.program import Program
+from relax_llm.runtime.shadow import Beside, Shadow, through
 from relax_llm.runtime.state import State
 from relax_llm.runtime.stepper import Steps
 from relax_llm.runtime.tracing import Tracer
@@ -82,6 +83,7 @@ class Runner:
         self._control = Control(artifact, self._machine, selection, self._running)
         self._tracer = Tracer(artifact, self._machine, self._control, self.limits)
         self._interpreter: Interpreter | None = None
+        self._shadows: tuple[Shadow, ...] = ()
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -236,6 +238,40 @@ class Runner:
         """
         return self._tracer.tracing(limits, self._running)
 
+    @contextmanager
+    def shadow(
+        self, site: str, beside: Beside, *, operator: str = "*", bound: float | None = None
+    ) -> Iterator[Shadow]:
+        """Have something else compute beside the kernels of some sites inside of a `with`, and compare.
+
+        ::
+
+            with runner.shadow("layers.*.mlp.*", "tiled") as shadow:
+                runner.generate("My favorite music is", max_new_tokens=16)
+            print(shadow)
+
+        The model goes on with its own kernels' results; caches and all else that the shadow touched are put back. Every
+        call is made launch by launch, with breakpoints passed over.
+
+        Args:
+            site: Pattern of sites; one that was fused answers to its parts.
+            beside: A kernel of the library, where it is valid and is not the one that serves; a function of the inputs
+                that returns the outputs, as `Launch.replace` takes it; or `rl.float64`, the operators' reference.
+            operator: Pattern of operators.
+            bound: The largest difference that is none, as a share of the largest number in its row; by default by what
+                is computed. Beside `rl.float64`: in multiples of what each element may be off.
+
+        Raises:
+            InputError: No launch matches, or none has such a kernel.
+        """
+        lines = [self._control.line(name) for name in self._functions]
+        shadow = Shadow(site, beside, operator, bound, lines, self.artifact.manifest)
+        self._shadows = (*self._shadows, shadow)
+        try:
+            yield shadow
+        finally:
+            self._shadows = tuple(other for other in self._shadows if other is not shadow)
+
     def limits(self, *, anew: bool = False) -> Limits:
         """What this machine can do at most: arithmetic in registers, and reading memory.
 
@@ -272,6 +308,11 @@ class Runner:
         if not isinstance(function, str) or function not in self._functions:
             raise InputError(f"There is no function {function!r}; there are: {', '.join(self._functions)}.")
         ids, flat = self._next_ids(state, token_ids) if function == "decode" else self._ids(state, token_ids)
+        return self._stepped(function, state, ids, lambda result: _shaped(function, result, flat))
+
+    def _stepped(
+        self, function: str, state: State, ids: npt.NDArray[np.int32], shaped: Callable[[Floats], Floats]
+    ) -> Steps:
         sizes, arguments = self._arguments(state, ids)
         begun = state.length
 
@@ -281,7 +322,7 @@ class Runner:
                     f"The state had {begun} tokens when these steps began and has {state.length} now; begin again."
                 )
             state.append(ids)
-            return _shaped(function, vm.numpy(result), flat)
+            return shaped(vm.numpy(result))
 
         caches, weights = arguments[2:]
         with self._running:
@@ -323,6 +364,8 @@ class Runner:
         return dict(known) | dict(zip(self._cache_names, caches, strict=True))
 
     def _call(self, function: str, state: State, ids: npt.NDArray[np.int32]) -> Floats:
+        if self._shadows:
+            return through(self._stepped(function, state, ids, lambda result: result), self._shadows)
         sizes, arguments = self._arguments(state, ids)
         with self._running:
             if self._tracer.active:

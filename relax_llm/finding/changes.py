@@ -1,0 +1,269 @@
+"""Two ways to run a model, and every way between them: some sites as in the one, all others as in the other."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from relax_llm.errors import InputError
+from relax_llm.finding.beside import check_alike, pairs
+from relax_llm.finding.workload import Workload
+from relax_llm.plan.plan import Plan, parts_of
+from relax_llm.runtime.control import Planned
+from relax_llm.runtime.launch import Launch
+from relax_llm.runtime.results import overwrite, results
+from relax_llm.runtime.runner import Runner
+from relax_llm.runtime.stepper import Steps
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A site that is served otherwise.
+
+    Attributes:
+        site: Where in the model.
+        operator: What is computed there.
+        good: The kernels that serve it the good way, with their sizes.
+        bad: And the bad way.
+    """
+
+    site: str
+    operator: str
+    good: str
+    bad: str
+
+    def __str__(self) -> str:
+        return f"{self.operator} at {self.site} by {self.bad}, and not {self.good}"
+
+
+class Runs(Protocol):
+    """Runs of one workload with some of the changes made."""
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """All that can be made."""
+        ...
+
+    @property
+    def stores_alike(self) -> bool:
+        """Whether both ways read weights of one format."""
+        ...
+
+    def logits(self, changes: Sequence[Change]) -> list[Array]:
+        """The logits of each call."""
+        ...
+
+    def holds(self, changes: Sequence[Change]) -> bool:
+        """What the user's check says."""
+        ...
+
+
+@dataclass(frozen=True)
+class Replanned:
+    """One runner, by a good plan but for some sites, which a bad one serves.
+
+    Attributes:
+        runner: Of both.
+        good: None: the artifact's own.
+        bad: The other.
+        work: What is run; every call is given the same tokens, those that the good plan finds likeliest.
+        check: The user's.
+    """
+
+    runner: Runner
+    good: Planned | None
+    bad: Planned
+    work: Workload
+    check: Callable[[Runner], bool] | None
+    stores_alike: bool = True
+
+    @cached_property
+    def changes(self) -> tuple[Change, ...]:
+        """The sites where the plans launch different kernels in this workload."""
+        with self._by(self.good):
+            tokens = self._tokens
+            good = self._served(tokens)
+        with self._by(self.good), self._by(self.bad):
+            bad = self._served(tokens)
+        return tuple(
+            Change(site, operator, _listed(kernels), _listed(bad[site, operator]))
+            for (site, operator), kernels in good.items()
+            if kernels != bad.get((site, operator), kernels)
+        )
+
+    def logits(self, changes: Sequence[Change]) -> list[Array]:
+        """See `Runs`."""
+        with self._with(changes):
+            return _logits(self.runner, self._tokens)
+
+    def holds(self, changes: Sequence[Change]) -> bool:
+        """See `Runs`."""
+        assert self.check is not None
+        with self._with(changes):
+            return bool(self.check(self.runner))
+
+    @cached_property
+    def _tokens(self) -> tuple[tuple[int, ...], ...]:
+        with self._by(self.good):
+            return likeliest(self.runner, self.work)
+
+    def _served(self, tokens: Sequence[tuple[int, ...]]) -> dict[tuple[str, str], dict[str, list[str]]]:
+        """For each site and operator the kernels, and at which sizes each served."""
+        with self.runner.counting() as counts:
+            if self.check is not None:
+                self.check(self.runner)
+            else:
+                _logits(self.runner, tokens)
+        found: dict[tuple[str, str], dict[str, list[str]]] = {}
+        for row in counts.rows:
+            sizes = ", ".join(f"{axis}={size}" for axis, size in row.sizes.items())
+            found.setdefault((row.site, row.operator), {}).setdefault(row.kernel, []).append(sizes)
+        return found
+
+    @contextmanager
+    def _by(self, plan: Planned | None) -> Iterator[None]:
+        if plan is None:
+            yield
+        else:
+            with self.runner.plan(plan):
+                yield
+
+    @contextmanager
+    def _with(self, changes: Sequence[Change]) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(self._by(self.good))
+            for plan in self._parts({(change.site, change.operator) for change in changes}):
+                stack.enter_context(self.runner.plan(plan))
+            yield
+
+    def _parts(self, places: set[tuple[str, str]]) -> Iterator[Planned]:
+        """What the bad plan says of some sites, as plans."""
+        if not places:
+            return
+        if isinstance(self.bad, Mapping):
+            for pattern, kernel in self.bad.items():
+                for site in sorted({site for site, _ in places}):
+                    if any(fnmatchcase(part, pattern) for part in parts_of(site)) and self._has(site, kernel):
+                        yield {site: kernel}
+            return
+        plan = self.bad if isinstance(self.bad, Plan) else Plan.read(self.bad)
+        entries = [
+            replace(entry, sites=tuple(site for site in entry.sites if (site, entry.operator) in places))
+            for entry in plan.entries
+        ]
+        yield Plan(tuple(entry for entry in entries if entry.sites), plan.machine)
+
+    def _has(self, site: str, kernel: str) -> bool:
+        """Whether a kernel is one of a site's: a pattern may name many sites that do not have it."""
+        try:
+            with self.runner.plan({site: kernel}):
+                return True
+        except InputError:
+            return False
+
+
+class Exchanged:
+    """Two artifacts: the right one runs, and at some sites the wrong one computes on its tensors."""
+
+    def __init__(self, wrong: Runner, right: Runner, work: Workload) -> None:
+        """Match their launches.
+
+        Raises:
+            InputError: They are different models, or have no launch in common.
+        """
+        check_alike(wrong, right)
+        self._wrong, self._right = wrong, right
+        self._tokens = likeliest(right, work)
+        functions = ("prefill", "decode") if work.decodes else ("prefill",)
+        ours, theirs = wrong.artifact.manifest, right.artifact.manifest
+        self._pairs = {function: pairs(ours, theirs, function) for function in functions}
+        known: dict[Change, None] = {}
+        for function, matched in self._pairs.items():
+            for launch, at in zip(ours.functions[function], matched, strict=True):
+                if at is not None:
+                    operator = ours.kernels[launch.kernel].operator
+                    known[
+                        Change(launch.site, operator, str(right.artifact.path), str(wrong.artifact.path))
+                    ] = None
+        self._changes = tuple(known)
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """Every site that both have."""
+        return self._changes
+
+    @property
+    def stores_alike(self) -> bool:
+        """See `Runs`."""
+        return self._wrong.artifact.manifest.weight_format == self._right.artifact.manifest.weight_format
+
+    def holds(self, changes: Sequence[Change]) -> bool:
+        """There is no check of the user's."""
+        raise NotImplementedError
+
+    def logits(self, changes: Sequence[Change]) -> list[Array]:
+        """See `Runs`."""
+        if not changes:
+            return _logits(self._right, self._tokens)
+        places = {(change.site, change.operator) for change in changes}
+        ours, theirs = self._wrong.start(), self._right.start()
+        found = []
+        for number, tokens in enumerate(self._tokens):
+            function, ids = ("decode", tokens[0]) if number else ("prefill", list(tokens))
+            with (
+                self._wrong.steps(function, ours, ids) as wrong,
+                self._right.steps(function, theirs, ids) as right,
+            ):
+                found.append(self._exchanged(function, wrong, right, places))
+        return found
+
+    def _exchanged(self, function: str, wrong: Steps, right: Steps, places: set[tuple[str, str]]) -> Array:
+        """One call; after each pair of launches both models hold the same tensors."""
+        for launch, at in zip(wrong, self._pairs[function], strict=True):
+            if at is None:
+                continue  # it is run when the next one is asked for
+            partner = _reach(right, at)
+            source, target = (
+                (launch, partner) if (launch.site, launch.operator) in places else (partner, launch)
+            )
+            source.run()
+            target.skip()
+            overwrite(target, [result.value for result in results(source)])
+        wrong.finish()
+        return right.finish()
+
+
+def likeliest(runner: Runner, work: Workload) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each call, where each decode is given the token that is likeliest."""
+    state, calls = runner.start(), [work.prompt]
+    for _ in range(work.decodes):
+        given = calls[-1]
+        logits = runner.decode(state, given[0]) if len(calls) > 1 else runner.prefill(state, given)
+        calls.append((int(logits.argmax()),))
+    return tuple(calls)
+
+
+def _logits(runner: Runner, calls: Sequence[tuple[int, ...]]) -> list[Array]:
+    state = runner.start()
+    return [
+        runner.decode(state, tokens[0]) if number else runner.prefill(state, tokens)
+        for number, tokens in enumerate(calls)
+    ]
+
+
+def _reach(steps: Steps, index: int) -> Launch:
+    for launch in steps:
+        if launch.index == index:
+            return launch
+    raise AssertionError(f"{steps.function} has no launch {index}")
+
+
+def _listed(kernels: Mapping[str, list[str]]) -> str:
+    """Kernels with the sizes they served: "tiled (M=1), blocked (M=20)"."""
+    return ", ".join(f"{name} ({'; '.join(dict.fromkeys(sizes))})" for name, sizes in kernels.items())

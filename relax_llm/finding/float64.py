@@ -1,0 +1,103 @@
+"""What is right, by the float64 reference of each operator, with the bounds that kernels must keep at the door."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+from relax_llm.artifact.manifest import Manifest, Weight
+from relax_llm.runtime.launch import Launch, Operand
+from relax_llm.runtime.results import tokens_of
+from relax_llm.runtime.shadow import Expected
+
+if TYPE_CHECKING:
+    from relax_llm.kernels.matmul import Matmul
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Float64:
+    """The operators' own references. A weight in a layout of a user's cannot be read back, so nothing is said there."""
+
+    name: str = "float64"
+
+    def expected(self, launch: Launch, artifact: Manifest) -> Sequence[Expected] | None:
+        """See `relax_llm.runtime.shadow.Standard`."""
+        from relax_llm.kernels.operators import OPERATORS
+        from relax_llm.kernels.problem import Problem
+
+        record = OPERATORS.get(launch.operator)
+        if record is None:
+            return None
+        kernel = artifact.kernels[launch.symbol]
+        problem = Problem.from_json(json.dumps({"operator": launch.operator, **kernel.problem}))
+        names = [operand.name for operand in record.operands(problem, None) if operand.is_tensor]
+        values = _values(launch, problem, names, artifact.weights)
+        if values is None:
+            return None
+        sizes = dict(launch.sizes)
+        cache = values.get("k_cache")
+        if cache is not None:
+            sizes["tiles"] = cache.shape[2]
+        found = record.expected(problem, sizes, values, False)
+        outputs = [
+            Expected(*(part.reshape(output.shape) for part in (said.right, said.bound)))
+            for output, said in zip(
+                launch.outputs,
+                (said for name, said in found.items() if not name.endswith("_cache")),
+                strict=True,
+            )
+        ]
+        kv_len = launch.sizes["kv_len"]
+        return outputs + [
+            Expected(tokens_of(name, said.right, kv_len), tokens_of(name, said.bound, kv_len))
+            for name, said in found.items()
+            if name.endswith("_cache")
+        ]
+
+
+float64 = Float64()
+"""For `runner.shadow(site, rl.float64)`."""
+
+
+def _values(
+    launch: Launch, problem: Any, names: Sequence[str], weights: Sequence[Weight]
+) -> dict[str, Array] | None:
+    """The inputs by the names that the operator's record has for them, the weight as in the checkpoint.
+
+    None where the weight cannot be read.
+    """
+    tensors = iter([operand for operand in launch.arguments if operand.role != "size"])
+    values: dict[str, Array] = {}
+    for name, operand in zip(names, tensors, strict=True):
+        if operand.role == "output":
+            continue
+        value: Array | None = operand.value
+        if name == "weight" and launch.operator == "matmul":
+            value = _encoded(operand, problem, weights)
+        if value is None:
+            return None
+        values[name] = value
+    return values
+
+
+def _encoded(operand: Operand, problem: "Matmul", weights: Sequence[Weight]) -> Array | None:
+    """The matrix [N, K] that a packed weight holds, as its format has it."""
+    from relax_llm.kernels.layout import Packed, Plain, parse
+
+    stored = operand.value
+    recipe = next((w.recipe for w in weights if w.name == operand.name and w.shape == stored.shape), "")
+    name, parenthesis, _ = recipe.partition("(")
+    try:
+        layout: Plain | Packed = parse(name) if parenthesis else Plain(problem.weight_format)
+    except (
+        ValueError,
+        KeyError,
+    ):  # no layout's name: what made the matrix, which lies plainly; or a user's layout
+        layout = Plain(problem.weight_format)
+    if layout.shape(problem.n, problem.k) != stored.shape:
+        return None
+    return stored if isinstance(layout, Plain) else layout.unpack(stored, problem.n, problem.k)
