@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 WEIGHT_FORMATS = (*FORMATS, AUTO)
 SELECTIONS: tuple[Selection, ...] = ("dynamic", "pinned")
 
-_MAKE_NO_ARTIFACTS = ("cli", "finding", "runtime", "tuning")
+_MAKE_NO_ARTIFACTS = ("cli", "finding", "numerics", "runtime", "tuning")
 """Parts of this package that what is compiled does not depend on."""
 
 

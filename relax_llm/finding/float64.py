@@ -86,18 +86,22 @@ def _values(
 
 def _encoded(operand: Operand, problem: "Matmul", weights: Sequence[Weight]) -> Array | None:
     """The matrix [N, K] that a packed weight holds, as its format has it."""
+    from relax_llm.formats import FORMATS
     from relax_llm.kernels.layout import Packed, Plain, parse
 
     stored = operand.value
     recipe = next((w.recipe for w in weights if w.name == operand.name and w.shape == stored.shape), "")
     name, parenthesis, _ = recipe.partition("(")
-    try:
-        layout: Plain | Packed = parse(name) if parenthesis else Plain(problem.weight_format)
-    except (
-        ValueError,
-        KeyError,
-    ):  # no layout's name: what made the matrix, which lies plainly; or a user's layout
-        layout = Plain(problem.weight_format)
+    layout: Plain | Packed = Plain(problem.weight_format)
+    if parenthesis and name not in (
+        "transpose",
+        "concat",
+        *FORMATS,
+    ):  # else how a matrix was made that lies plainly
+        try:
+            layout = parse(name)
+        except (ValueError, KeyError):  # a user's
+            return None
     if layout.shape(problem.n, problem.k) != stored.shape:
         return None
     return stored if isinstance(layout, Plain) else layout.unpack(stored, problem.n, problem.k)

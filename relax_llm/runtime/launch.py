@@ -218,7 +218,7 @@ class Launch:
 
     @contextmanager
     def trying(self, kernel: Replacement) -> Iterator[None]:
-        """Have something else compute here, look at its outputs inside of a `with`, and have everything as it was after.
+        """Have something else compute here; inside of a `with` its outputs are there, behind it all is as it was.
 
         Args:
             kernel: As for `replace`. It counts as nothing done.
