@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from relax_llm import cpu
 from relax_llm.artifact import weights
+from relax_llm.artifact.kernel_list import KernelList, kernel_uses
 from relax_llm.artifact.listings import LISTINGS, Listing, Listings
 from relax_llm.artifact.manifest import File, Manifest
 from relax_llm.errors import ArtifactError
@@ -72,6 +73,11 @@ class Artifact:
         """Which kernel serves each matmul at which sizes, and why."""
         path = self.path / PLAN
         return Plan.from_json(path.read_text(encoding="utf-8"), str(path))
+
+    @cached_property
+    def kernels(self) -> KernelList:
+        """Every kernel that the model launches, with its problem, sites and costs; shown as a table."""
+        return kernel_uses(self.manifest)
 
     def check_machine(self) -> None:
         """Refuse to run what was made for another machine, where it was opened all the same.

@@ -1,7 +1,5 @@
 """What `relax-llm inspect` shows of an artifact: kernels, launches, weights and costs."""
 
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +8,14 @@ from typing import Any
 from relax_llm.artifact import formulas
 from relax_llm.artifact.artifact import LIBRARY, MANIFEST, OBJECTS, SOURCE, WEIGHTS, Artifact, load
 from relax_llm.artifact.costs import cost as launch_cost
+from relax_llm.artifact.kernel_list import kernel_uses, shapes_text
 from relax_llm.artifact.manifest import Kernel, Launch, Manifest
 from relax_llm.cli import screen, tables
-from relax_llm.cli.kernel_table import kernel_uses, parse_sizes, problem_text, shapes_text, symbols
+from relax_llm.cli.kernel_table import parse_sizes, symbols
 from relax_llm.cli.models import compile_with_notes, is_artifact, refuse_compile_options
 from relax_llm.errors import ArtifactError, InputError
 from relax_llm.plan.plan import entry_json
+from relax_llm.plan.table import plan_table
 
 
 @dataclass(frozen=True)
@@ -132,18 +132,8 @@ def show(report: Report) -> None:
 
 
 def _show_kernels(manifest: Manifest) -> None:
-    rows = [
-        (
-            use.name,
-            str(len(use.sites)),
-            f"{use.kernel.operator} {problem_text(use.kernel.problem)}",
-            shapes_text(use.example),
-            use.kernel.flops,
-            use.kernel.bytes,
-        )
-        for use in kernel_uses(manifest)
-    ]
-    tables.table(("kernel", "sites", "problem", "shapes", "flops", "bytes"), rows, numbers=(1,), title=2)
+    kernels = kernel_uses(manifest).table
+    tables.table(kernels.header, kernels.rows, numbers=kernels.numbers, title=2)
 
 
 def _show_costs(report: Report) -> None:
@@ -209,24 +199,8 @@ def show_plan(path: Path, manifest: Manifest, *, json: bool) -> None:
     if json:
         screen.json_document({"entries": [entry_json(entry) for entry in plan.entries]})
         return
-    rows = [
-        (
-            entry.problem if first else "",
-            _sites_text(entry.sites) if first else "",
-            entry.layout if first else "",
-            str(part),
-            part.kernel,
-        )
-        for entry in plan.entries
-        for first, part in zip((True, *[False] * len(entry.ranges)), entry.ranges, strict=False)
-    ]
-    tables.table(("problem", "sites", "weight", "at", "kernel"), rows)
-
-
-def _sites_text(sites: tuple[str, ...]) -> str:
-    """Sites that differ by a layer's number as one: `layers.*.mlp.down_proj (30)`."""
-    counted = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", site) for site in sites)
-    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counted.items())
+    ranges = plan_table(plan.entries)
+    tables.table(ranges.header, ranges.rows)
 
 
 def _total(report: Report) -> dict[str, Any]:

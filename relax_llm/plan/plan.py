@@ -9,6 +9,7 @@ from typing import Any
 
 from relax_llm.errors import PlanError
 from relax_llm.plan.sizes import Box, check_total
+from relax_llm.plan.table import plan_table
 
 
 def parts_of(site: str) -> list[str]:
@@ -102,7 +103,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """The choices of a whole model.
+    """The choices of a whole model; `print` shows them as a table, and so does a notebook.
 
     Attributes:
         entries: One for each problem, or for each group of sites where the user's kernels tell sites apart.
@@ -166,6 +167,15 @@ class Plan:
             axes = ", ".join(dict.fromkeys(axis for entry in entries for axis in entry.axes))
             raise PlanError(f"The kernels at {site!r} are not chosen by {', '.join(sizes)}, but by {axes}.")
         return "\n".join(line for entry in asked for line in _explained(entry, site, sizes))
+
+    def __str__(self) -> str:
+        return str(plan_table(self.entries))
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return plan_table(self.entries)._repr_html_()
 
     def to_json(self) -> str:
         """The text of plan.json."""

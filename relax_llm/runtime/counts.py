@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 
 from relax_llm.plan.plan import parts_of
+from relax_llm.table import Table
 
 Key = tuple[str, str, str, tuple[tuple[str, int], ...]]
 """Site, operator, kernel, and the sizes by name."""
@@ -86,13 +87,13 @@ class Counts:
         """The rows, as a list of objects."""
         return json.dumps([asdict(row) for row in self.rows], indent=1)
 
-    def __str__(self) -> str:
-        """One line for each operator and kernel: the sizes from the smallest to the largest, sites and launches."""
+    @property
+    def table(self) -> Table:
+        """One row for each operator and kernel: the sizes from the smallest to the largest, sites and launches."""
         groups: dict[tuple[str, str], list[Count]] = {}
         for row in self.rows:
             groups.setdefault((row.operator, row.kernel), []).append(row)
-        lines = [("operator", "kernel", "sizes", "sites", "launches")]
-        lines += [
+        rows = [
             (
                 operator,
                 kernel,
@@ -102,14 +103,13 @@ class Counts:
             )
             for (operator, kernel), rows in sorted(groups.items())
         ]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if column > 2 else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        )
+        return Table(("operator", "kernel", "sizes", "sites", "launches"), rows, frozenset({3, 4}))
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def _repr_html_(self) -> str:
+        return self.table._repr_html_()
 
     def __repr__(self) -> str:
         return str(self)

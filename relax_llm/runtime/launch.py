@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from relax_llm.artifact import formulas
+from relax_llm.artifact.costs import Cost, cost
 from relax_llm.errors import InputError
 from relax_llm.plan.kernel import AXES
 from relax_llm.runtime import vm
@@ -21,6 +21,7 @@ from relax_llm.runtime.choices import Fixed, Place
 from relax_llm.runtime.counts import Key
 from relax_llm.runtime.dispatch import OPEN, choosing
 from relax_llm.runtime.execution import Execution, Replacement
+from relax_llm.runtime.shown import launch_html
 
 Array = npt.NDArray[Any]
 
@@ -112,12 +113,12 @@ class Launch:
     @property
     def flops(self) -> float:
         """Operations of arithmetic."""
-        return formulas.evaluate(self._execution.knowledge.kernels[self.symbol].flops, self.sizes)
+        return self._cost.flops
 
     @property
     def bytes(self) -> float:
         """Memory that must at least be moved."""
-        return formulas.evaluate(self._execution.knowledge.kernels[self.symbol].bytes, self.sizes)
+        return self._cost.bytes
 
     @property
     def kernel(self) -> str:
@@ -271,8 +272,16 @@ class Launch:
     def __str__(self) -> str:
         return f"{self.function}[{self.index}] {self.site}: {self.kernel}"
 
+    def _repr_html_(self) -> str:
+        return launch_html(self)
+
     def __repr__(self) -> str:
         return f"<launch {self}{f', {self.done}' if self.done else ''}>"
+
+    @cached_property
+    def _cost(self) -> Cost:
+        kernel = self._execution.knowledge.kernels[self.symbol]
+        return cost(kernel, self._described, self._execution.sizes)
 
     @property
     def _index(self) -> int:
