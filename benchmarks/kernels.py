@@ -2,10 +2,13 @@
 
 python -m benchmarks.kernels [--quick] [--json] [--threads 1] [--rows 1 8 64] [--shapes NAME ...] [--rounds 5]
 
-Everybody takes turns, each in a process of its own: in each round of a shape the machine's limits are measured, then
-every number of rows by every peer. What is shown is the median over the rounds. Weights are taken in turns from 1 GiB
-of memory, as the layers of a model are: they never come from the caches of a core. On a machine whose last-level cache
-holds a part of that, part of them may come from there; the speed of reading is measured over as much memory.
+Everybody takes turns, each in a process of its own: in each round of a shape the speed of reading memory is measured,
+then every number of rows by every peer. What is shown is the median over the rounds. Weights are taken in turns from
+1 GiB of memory, as the layers of a model are: they never come from the caches of a core. On a machine whose last-level
+cache holds a part of that, part of them may come from there; the speed of reading is measured over as much memory.
+
+The clock of a processor falls under wide multiply-adds, the more so the more data moves with them. So the peak of the
+registers is measured by our process directly after each of its kernels, at the clock that this one left behind.
 
 `plan` is the kernel that the costs choose for the rows, `best` the fastest of ours; `x peer` is the plan's speed over
 that of the fastest peer; `of limit` compares the plan with the larger of two times that no program can beat: the
@@ -20,7 +23,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from statistics import median
 
-from benchmarks.limits import Limits, LimitsProgram
+from benchmarks.limits import LimitsProgram
 from benchmarks.products import PEERS, Shape, Worker
 from relax_llm import cpu
 
@@ -108,23 +111,28 @@ def _measure(
             names[peer] = worker.shape(shape)
         except ImportError as error:
             print(f"{peer} is left out: {error}")
-    limits: list[Limits] = []
+    bytes_read: list[float] = []
+    flops: dict[int, list[float]] = {m: [] for m in rows}
     for _ in range(rounds):
-        limits.append(program.measure())
+        bytes_read.append(program.measure().bytes)
         for m in rows:
             for peer, kernels in names.items():
                 for kernel in kernels:
                     seconds = workers[peer].seconds(kernel, m, budget=0.02)
                     if seconds is not None:
                         times[m].setdefault(kernel, []).append(seconds)
-    flops, speed = median(limit.flops for limit in limits), median(limit.bytes for limit in limits)
+                        if peer == "relax_llm":
+                            flops[m].append(workers[peer].flops())
+    speed = median(bytes_read)
     result = []
     for m in rows:
         middle = {kernel: median(of) for kernel, of in times[m].items()}
         ours = {kernel: time for kernel, time in middle.items() if kernel in names["relax_llm"]}
         others = [time for kernel, time in middle.items() if kernel not in ours]
         planned = workers["relax_llm"].planned(m)
-        least = max(2 * m * shape.n * shape.k / flops, (shape.bytes + 4 * m * (shape.n + shape.k)) / speed)
+        least = max(
+            2 * m * shape.n * shape.k / median(flops[m]), (shape.bytes + 4 * m * (shape.n + shape.k)) / speed
+        )
         result.append(
             Row(
                 str(shape),

@@ -1,6 +1,8 @@
-/* What this processor can do at most: multiply-adds in registers, and reading memory. One line of JSON.
+/* What this processor can do at most, for longer than a moment: multiply-adds in registers, and reading memory.
  *
  *     cc -O3 -march=native -ffp-contract=fast -pthread limits.c -o limits && ./limits THREADS
+ *
+ * One line of JSON.
  */
 #include <pthread.h>
 #include <stdio.h>
@@ -21,7 +23,7 @@
 
 typedef float vector __attribute__((vector_size(BYTES)));
 
-enum { LANES = BYTES / sizeof(float), STEPS = 4000000, REPEATS = 3 };
+enum { LANES = BYTES / sizeof(float), STEPS = 2000000, REPEATS = 5 };
 
 /* Larger than last-level caches are. */
 static const size_t MEMORY = (size_t)1 << 30;
@@ -62,44 +64,50 @@ static double now(void) {
     return time.tv_sec + 1e-9 * time.tv_nsec;
 }
 
-/* Seconds of the fastest of some repetitions, on all threads at once. */
-static double fastest(void *(*work)(void *), task *tasks, int threads) {
-    double best = 1e30;
+static int compare(const void *one, const void *other) {
+    double a = *(const double *)one, b = *(const double *)other;
+    return (a > b) - (a < b);
+}
+
+/* Seconds of a repetition, the median, on all threads at once. A processor that has rested is faster at first. */
+static double typical(void *(*work)(void *), task *tasks, int threads) {
+    double seconds[REPEATS];
     pthread_t *running = malloc(threads * sizeof *running);
     for (int repeat = 0; repeat < REPEATS; repeat++) {
         double began = now();
         for (int i = 0; i < threads; i++) pthread_create(&running[i], NULL, work, &tasks[i]);
         for (int i = 0; i < threads; i++) pthread_join(running[i], NULL);
-        double seconds = now() - began;
-        if (seconds < best) best = seconds;
+        seconds[repeat] = now() - began;
     }
     free(running);
-    return best;
+    qsort(seconds, REPEATS, sizeof *seconds, compare);
+    return seconds[REPEATS / 2];
 }
 
 int main(int count, char **arguments) {
     int threads = count > 1 ? atoi(arguments[1]) : 1;
-    char *memory = aligned_alloc(4096, MEMORY);
-    task *tasks = aligned_alloc(64, threads * sizeof *tasks);
-    if (threads < 1 || !memory || !tasks) return 1;
-    memset(memory, 0, MEMORY);
+    task *tasks = threads < 1 ? NULL : aligned_alloc(64, threads * sizeof *tasks);
+    if (!tasks) return 1;
     memset(tasks, 0, threads * sizeof *tasks);
 
     for (int i = 0; i < threads; i++)
         for (int lane = 0; lane < LANES; lane++) tasks[i].half[lane] = 0.5f;
-    double compute = fastest(multiply_add, tasks, threads);
+    double compute = typical(multiply_add, tasks, threads);
+    double flops = 2.0 * STEPS * ACCUMULATORS * LANES * threads / compute;
 
+    char *memory = aligned_alloc(4096, MEMORY);
+    if (!memory) return 1;
+    memset(memory, 0, MEMORY);
     size_t share = MEMORY / threads / BYTES;
     for (int i = 0; i < threads; i++) {
         tasks[i].memory = (const vector *)memory + i * share;
         tasks[i].count = share;
     }
-    double reading = fastest(read_memory, tasks, threads);
+    double reading = typical(read_memory, tasks, threads);
 
     float seen = 0;
     for (int i = 0; i < threads; i++) seen += tasks[i].result[0];
     fprintf(stderr, "%g\n", seen); /* so that no work is left out */
-    printf("{\"flops\": %.0f, \"bytes\": %.0f}\n", 2.0 * STEPS * ACCUMULATORS * LANES * threads / compute,
-           (double)share * BYTES * threads / reading);
+    printf("{\"flops\": %.0f, \"bytes\": %.0f}\n", flops, (double)share * BYTES * threads / reading);
     return 0;
 }

@@ -147,8 +147,10 @@ class RelaxLLM:
         os.environ["TVM_NUM_THREADS"] = str(threads)
         import tvm_ffi
 
+        from relax_llm.artifact.weights import aligned
         from relax_llm.kernels.generate import generate
-        from relax_llm.kernels.machine import machine
+        from relax_llm.kernels.instruments import MULTIPLY_ADD, multiply_add
+        from relax_llm.kernels.machine import LANES, machine
         from relax_llm.kernels.matmul import Matmul
         from relax_llm.kernels.matmul.family import matmul_kernels
         from relax_llm.kernels.matmul.tiled import layout_for
@@ -159,7 +161,15 @@ class RelaxLLM:
         self._packed = layout_for(problem, here).shape(shape.n, shape.k)
         self._kernels = {kernel.name: kernel for kernel in matmul_kernels(here) if kernel.layout == "tiled"}
         made = {name: kernel.make(problem) for name, kernel in self._kernels.items()}
+        made[MULTIPLY_ADD] = multiply_add(here)
         library = generate(made, here).jit()
+        half, sums = aligned((threads, LANES)), aligned((threads, LANES))
+        half[...] = 0.5
+        self._steps = 200_000 * here.accumulators
+        self._registers = [self._dlpack(half), self._steps, self._dlpack(sums)]
+        self._vectors = threads * LANES
+        self._multiply_add = library[MULTIPLY_ADD]
+        del made[MULTIPLY_ADD]
         self._functions = {name: library[name] for name in made}
         self.names = list(made)
 
@@ -172,6 +182,12 @@ class RelaxLLM:
         at = [self._dlpack(self._as_packed(weight)) for weight in weights]
         xt, ot = self._dlpack(x), self._dlpack(out)
         return lambda w: function(xt, at[w], ot)
+
+    def flops(self) -> float:
+        """Operations a second of multiply-adds in registers, now: about a millisecond."""
+        began = time.perf_counter()
+        self._multiply_add(*self._registers)
+        return 2 * self._vectors * self._steps / (time.perf_counter() - began)
 
     def planned(self, m: int) -> str:
         """The kernel that costs choose."""
@@ -225,6 +241,10 @@ class Worker:
         answer: float | None = self._ask("seconds", kernel, m, budget)
         return answer
 
+    def flops(self) -> float:
+        """What this project's process could do at most in registers, at the clock that its last kernel left behind."""
+        return float(self._ask("flops"))
+
     def planned(self, m: int) -> str:
         """The kernel that this project's costs choose for M rows."""
         return str(self._ask("planned", m))
@@ -270,6 +290,9 @@ class _Server:
         ]
         self._bound, self._next = {}, 0
         return self._product.names
+
+    def flops(self) -> float:
+        return float(self._product.flops())  # type: ignore[attr-defined]
 
     def planned(self, m: int) -> str:
         return str(self._product.planned(m))  # type: ignore[attr-defined]

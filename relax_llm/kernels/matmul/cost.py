@@ -28,8 +28,7 @@ _HIDDEN = {
     "tiled": 0.6,
     "blocked": 0.4,
 }  # of the smaller of two times, behind the larger: parts are longer in `blocked`
-_TILE = 500 / _HERTZ  # seconds that a tile takes in each part of the reduction beside its multiply-adds
-_GATED = 1.5  # times as long takes `tiled` where it multiplies a gate: 2 to 4 were measured from 98 rows on
+_TILE = 150 / _HERTZ  # seconds that a tile takes in each part of the reduction beside its multiply-adds
 _LAUNCH = 2e-6
 _SECOND_LEVEL = 1 << 20  # bytes of x that stay in the second-level cache beside the weight
 
@@ -46,8 +45,7 @@ def tiled_cost(machine: Machine) -> Cost:
         rows = min(m, blocking.tiles * blocking.tile.rows)
         again = 4 * m * problem.k * (_panels(problem, machine) - 1)  # bytes of x that every panel reads anew
         streamed = again / _CACHE * (1 - _HIDDEN["tiled"]) if 4 * rows * problem.k > _SECOND_LEVEL else 0.0
-        seconds = _seconds(problem, machine, m, blocking, tasks, _HIDDEN["tiled"], streamed)
-        return seconds * _GATED if problem.gated else seconds
+        return _seconds(problem, machine, m, blocking, tasks, _HIDDEN["tiled"], streamed)
 
     return cost
 
