@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from relax_llm.plan.kernel import Declined, Layout, kernel
     from relax_llm.plan.plan import Plan
     from relax_llm.runtime.chat import Chat
+    from relax_llm.runtime.recording.replay import replay
     from relax_llm.runtime.runner import Runner
     from relax_llm.runtime.state import State
     from relax_llm.tuning.tune import tune
@@ -38,6 +39,7 @@ _PLACES = {
     "load": "relax_llm.artifact.artifact",
     "open_checkpoint": "relax_llm.checkpoint",
     "pipeline": "relax_llm.compiler.pipeline",
+    "replay": "relax_llm.runtime.recording.replay",
     "tune": "relax_llm.tuning.tune",
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "load",
     "open_checkpoint",
     "pipeline",
+    "replay",
     "tune",
 ]
 

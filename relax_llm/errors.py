@@ -39,3 +39,7 @@ class InputError(RelaxLLMError, ValueError):
 
 class ContextLengthError(InputError):
     """The tokens asked for do not fit the model's context length."""
+
+
+class RecordingError(RelaxLLMError):
+    """A recording cannot be written, read or replayed, or a launch cannot be made reproducible without this package."""

@@ -143,9 +143,10 @@ def _is_planned(one: Implementation, manifest: Manifest, sizes: Mapping[str, int
 
 
 def _listed(found: Sequence[Implementation]) -> str:
-    lines = list(dict.fromkeys(map(str, found)))
-    rest = f", and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
-    return "; ".join(lines[:_LISTED]) + rest
+    alone = len({one.symbol for one in found}) == 1
+    lines = list(dict.fromkeys(f"{one.kernel} ({one.sizes})" if alone else str(one) for one in found))
+    rest = f"{', ' if alone else '; '}and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
+    return (", " if alone else "; ").join(lines[:_LISTED]) + rest
 
 
 def _single(plan: Plan, site: str, operator: str) -> str | None:

@@ -124,6 +124,11 @@ class Control:
             self._prepare()
 
     @property
+    def artifact(self) -> Artifact:
+        """What is run."""
+        return self._artifact
+
+    @property
     def active(self) -> bool:
         """Whether a call must go by here."""
         return self.chooses or bool(self._counting)

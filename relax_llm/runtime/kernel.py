@@ -21,6 +21,7 @@ from relax_llm.plan.kernel import AXES
 from relax_llm.plan.plan import parts_of
 from relax_llm.plan.sizes import Box
 from relax_llm.runtime import vm
+from relax_llm.runtime.code import HasCode
 from relax_llm.runtime.dispatch import OPEN, choosing
 from relax_llm.runtime.parameters import (
     Parameter,
@@ -38,7 +39,7 @@ Array = npt.NDArray[Any]
 _CACHE_SPILL = 2**27  # bytes; more than the last-level cache of most machines
 
 
-class CompiledKernel:
+class CompiledKernel(HasCode):
     """A kernel of an artifact, to call. Everything it is given is looked at first.
 
     Attributes:
@@ -227,7 +228,7 @@ def kernel_of(
 ) -> CompiledKernel:
     """See `Artifact.kernel`."""
     manifest = artifact.manifest
-    known = implementations(manifest, artifact.plan, _codes(artifact))
+    known = implementations(manifest, artifact.plan, kernel_codes(artifact))
     return CompiledKernel(artifact, find(known, manifest, name, site, operator, sizes))
 
 
@@ -257,7 +258,13 @@ def _opened(artifact: Artifact) -> _Opened:
     return _open[key]
 
 
-def _codes(artifact: Artifact) -> Mapping[str, Mapping[str, str]]:
+def stored_weights(artifact: Artifact) -> Mapping[str, Array]:
+    """The weights by name, mapped into memory."""
+    return _opened(artifact).weights
+
+
+def kernel_codes(artifact: Artifact) -> Mapping[str, Mapping[str, str]]:
+    """For each dispatcher the symbols of its kernels' code; nothing where the artifact has no listings."""
     try:
         return artifact.listings.index.kernels
     except ArtifactError:  # it has no listings, and its kernels run all the same
@@ -266,10 +273,6 @@ def _codes(artifact: Artifact) -> Mapping[str, Mapping[str, str]]:
 
 def _parameters(artifact: Artifact, found: Implementation) -> tuple[Parameter, ...]:
     launch = found.example
-    try:
-        names: Sequence[str] = artifact.listing(found.symbol).parameters
-    except (ArtifactError, InputError):
-        names = [said.name or f"{said.role}{index}" for index, said in enumerate(launch.arguments)]
     return tuple(
         Parameter(
             name,
@@ -278,8 +281,18 @@ def _parameters(artifact: Artifact, found: Implementation) -> tuple[Parameter, .
             said.dtype,
             said.role == "output" or (said.role == "cache" and found.operator == "append"),
         )
-        for name, said in zip(names, launch.arguments, strict=True)
+        for name, said in zip(argument_names(artifact, found.symbol), launch.arguments, strict=True)
     )
+
+
+def argument_names(artifact: Artifact, symbol: str) -> list[str]:
+    """What a kernel that the model calls names its arguments; where the artifact has no listings, their roles."""
+    launches = (launch for function in artifact.manifest.functions.values() for launch in function)
+    arguments = next(launch.arguments for launch in launches if launch.kernel == symbol)
+    try:
+        return list(artifact.listing(symbol).parameters)
+    except (ArtifactError, InputError):
+        return [f"{said.role}{index}" for index, said in enumerate(arguments)]
 
 
 def _passed(values: Sequence[Any]) -> list[Any]:

@@ -1,6 +1,7 @@
 """One launch of a kernel, in your hands: what it is called with, and what becomes of it."""
 
 import inspect
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,16 +15,21 @@ import numpy as np
 import numpy.typing as npt
 
 from relax_llm.artifact.costs import Cost, cost
+from relax_llm.artifact.listings import Listing
 from relax_llm.errors import InputError
 from relax_llm.plan.kernel import AXES
 from relax_llm.runtime import vm
 from relax_llm.runtime.choices import Fixed, Place
+from relax_llm.runtime.code import HasCode
 from relax_llm.runtime.counts import Key
 from relax_llm.runtime.dispatch import OPEN, choosing
 from relax_llm.runtime.execution import Execution, Replacement
 from relax_llm.runtime.shown import launch_html
 
 Array = npt.NDArray[Any]
+
+LIMIT = 2**30
+"""Bytes; the most that a recording holds where nothing else is said."""
 
 _CACHE_SPILL = 2**27  # bytes; more than the last-level cache of most machines
 
@@ -44,7 +50,7 @@ class Operand:
     value: Any
 
 
-class Launch:
+class Launch(HasCode):
     """One launch of a kernel: about to be made, or made just now.
 
     Attributes:
@@ -147,6 +153,32 @@ class Launch:
         if isinstance(self._where, Fixed):
             return (self._where.kernel,)
         return tuple(name for name, valid in self._where.kernels if self.sizes in valid)
+
+    @property
+    def listing(self) -> Listing:
+        """What the kernel that serves these sizes was made from and into."""
+        artifact = self._execution.knowledge.control.artifact
+        kernels = artifact.listings.index.kernels.get(self.symbol, {})
+        return artifact.listing(kernels.get(self.kernel, self.symbol))
+
+    def record(self, path: str | os.PathLike[str], *, weights: str = "reference", limit: int = LIMIT) -> None:
+        """Run it, and write what went in and what came out to a file, for `relax_llm.replay`.
+
+        Args:
+            path: The file.
+            weights: "reference": by name and digest; "values": in the file.
+            limit: The most bytes of tensors.
+
+        Raises:
+            InputError: It has been run already.
+            RecordingError: The file cannot be written, or would exceed the limit.
+        """
+        from relax_llm.runtime.recording.recorder import Recording
+
+        self._check_waiting()
+        recording = Recording(self._execution.knowledge.control.artifact, path, weights=weights, limit=limit)
+        recording.run(self)
+        recording.finish()
 
     def run(self) -> None:
         """Launch the kernel, or what replaces it."""

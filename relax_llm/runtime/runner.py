@@ -1,7 +1,8 @@
 """The runner: an artifact in execution."""
 
+import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relax_llm.artifact.artifact import Artifact
-from relax_llm.errors import InputError
+from relax_llm.errors import InputError, RecordingError
 from relax_llm.plan.kernel import Selection
 from relax_llm.runtime import generation, vm
 from relax_llm.runtime.answer import Generation, Piece
@@ -19,8 +20,10 @@ from relax_llm.runtime.control import Control, Forced, Planned
 from relax_llm.runtime.counts import Counts
 from relax_llm.runtime.execution import Execution, Knowledge
 from relax_llm.runtime.interpreter import Interpreter
+from relax_llm.runtime.launch import LIMIT
 from relax_llm.runtime.limits import limits as machine_limits
 from relax_llm.runtime.program import Program
+from relax_llm.runtime.recording.recorder import Recording, recorded
 from relax_llm.runtime.shadow import Beside, Shadow, through
 from relax_llm.runtime.state import State
 from relax_llm.runtime.stepper import Steps
@@ -84,6 +87,7 @@ class Runner:
         self._tracer = Tracer(artifact, self._machine, self._control, self.limits)
         self._interpreter: Interpreter | None = None
         self._shadows: tuple[Shadow, ...] = ()
+        self._recording: Recording | None = None
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -272,6 +276,55 @@ class Runner:
         finally:
             self._shadows = tuple(other for other in self._shadows if other is not shadow)
 
+    @contextmanager
+    def recording(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        site: str = "*",
+        kernel: str = "*",
+        operator: str = "*",
+        weights: Literal["reference", "values"] = "reference",
+        limit: int = LIMIT,
+    ) -> Iterator[Recording]:
+        """Record launches inside of a `with`: what went in and what came out, for `relax_llm.replay`.
+
+        ::
+
+            with runner.recording("down.rec", site="layers.3.mlp.down_proj"):
+                runner.generate("My favorite music is", max_new_tokens=16)
+
+        The file is written at the end; what was recorded before an error is kept. Every call is made launch by launch.
+
+        Args:
+            path: The file.
+            site: Pattern of sites; one that was fused answers to its parts.
+            kernel: Pattern of kernels.
+            operator: Pattern of operators.
+            weights: "reference": by name and digest, to be read from the artifact; "values": in the file, each once.
+            limit: The most bytes of tensors.
+
+        Raises:
+            InputError: No launch can match, an option is not known, or another recording is being made.
+            RecordingError: Nothing was recorded, the limit is reached, or the file cannot be written.
+        """
+        if self._recording is not None:
+            raise InputError(f"{self._recording.path} is being recorded; one recording is made at a time.")
+        lines = [self._control.line(name) for name in self._functions]
+        wanted = {"site": site, "kernel": kernel, "operator": operator}
+        made = Recording(self.artifact, path, **wanted, weights=weights, limit=limit, lines=lines)
+        self._recording = made
+        try:
+            yield made
+        except BaseException:
+            with suppress(RecordingError):
+                made.finish(required=False)
+            raise
+        else:
+            made.finish()
+        finally:
+            self._recording = None
+
     def limits(self, *, anew: bool = False) -> Limits:
         """What this machine can do at most: arithmetic in registers, and reading memory.
 
@@ -364,6 +417,10 @@ class Runner:
         return dict(known) | dict(zip(self._cache_names, caches, strict=True))
 
     def _call(self, function: str, state: State, ids: npt.NDArray[np.int32]) -> Floats:
+        if self._recording is not None:
+            if self._shadows:
+                raise InputError("A shadow makes launches twice; record outside of runner.shadow.")
+            return recorded(self._stepped(function, state, ids, lambda result: result), self._recording)
         if self._shadows:
             return through(self._stepped(function, state, ids, lambda result: result), self._shadows)
         sizes, arguments = self._arguments(state, ids)
