@@ -223,15 +223,16 @@ PLAN = Plan(
 )
 
 
-def make(directory: Path, **changes: Any) -> artifact.Artifact:
+def make(directory: Path, *, has_clock: bool = True, **changes: Any) -> artifact.Artifact:
     """Compile the model into an artifact.
 
     Args:
         directory: A new one.
+        has_clock: Whether its library has the clock that traces read.
         changes: Other values for fields of the manifest.
     """
     directory.mkdir()
-    build(Model, directory / artifact.LIBRARY)
+    build(Model, directory / artifact.LIBRARY, has_clock=has_clock)
     names = (("gate", GATE), ("down", DOWN), ("scale", ATTENTION))
     weights = [Weight(name, name, (4,), "float32") for name, _ in names]
     values = {name: np.full(4, WEIGHTS[site], np.float32) for name, site in names}

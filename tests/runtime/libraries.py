@@ -12,6 +12,8 @@ import tvm
 from tvm import relax
 from tvm.script import ir as I, relax as R, tirx as T
 
+from relax_llm.kernels.instruments import CLOCK, clock
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -65,9 +67,12 @@ _LOWERING = (
 )
 
 
-def build(module: tvm.IRModule, path: Path) -> Path:
-    """Compile a module into a library, each of its kernels as it stands."""
+def build(module: tvm.IRModule, path: Path, *, has_clock: bool = True) -> Path:
+    """Compile a module into a library, each of its kernels as it stands, with the clock that libraries have."""
     target = tvm.target.Target({"kind": "llvm"})
+    if has_clock:
+        module = module.clone()
+        module[CLOCK] = clock()
     executable = relax.build(module, target, relax_pipeline=tvm.transform.Sequential(_LOWERING))
     executable.export_library(str(path))
     return path
