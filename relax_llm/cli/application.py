@@ -10,7 +10,9 @@ import typer
 from typer.core import TyperCommand
 
 from relax_llm.cli import screen
+from relax_llm.cli.bisect import bisect
 from relax_llm.cli.chat import chat
+from relax_llm.cli.compare import compare
 from relax_llm.cli.compile import compile_
 from relax_llm.cli.env import env
 from relax_llm.cli.generate import generate
@@ -74,6 +76,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "step": step,
     "trace": trace,
     "tune": tune,
+    "compare": compare,
+    "bisect": bisect,
     "env": env,
 }
 for _name, _function in _COMMANDS.items():

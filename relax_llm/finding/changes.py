@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from relax_llm.finding.beside import check_alike, pairs
 from relax_llm.finding.workload import Workload
 from relax_llm.plan.plan import Plan, parts_of
 from relax_llm.runtime.control import Planned
+from relax_llm.runtime.counts import Count, extent
 from relax_llm.runtime.launch import Launch
 from relax_llm.runtime.results import overwrite, results
 from relax_llm.runtime.runner import Runner
@@ -88,13 +89,13 @@ class Replanned:
         """The sites where the plans launch different kernels in this workload."""
         with self._by(self.good):
             tokens = self._tokens
-            good = self._served(tokens)
+            good = _served(self.runner, lambda: self._work(tokens))
         with self._by(self.good), self._by(self.bad):
-            bad = self._served(tokens)
+            bad = _served(self.runner, lambda: self._work(tokens))
         return tuple(
-            Change(site, operator, _listed(kernels), _listed(bad[site, operator]))
-            for (site, operator), kernels in good.items()
-            if kernels != bad.get((site, operator), kernels)
+            Change(*place, _listed(counts), _listed(bad[place]))
+            for place, counts in good.items()
+            if place in bad and counts != bad[place]
         )
 
     def logits(self, changes: Sequence[Change]) -> list[Array]:
@@ -113,18 +114,11 @@ class Replanned:
         with self._by(self.good):
             return likeliest(self.runner, self.work)
 
-    def _served(self, tokens: Sequence[tuple[int, ...]]) -> dict[tuple[str, str], dict[str, list[str]]]:
-        """For each site and operator the kernels, and at which sizes each served."""
-        with self.runner.counting() as counts:
-            if self.check is not None:
-                self.check(self.runner)
-            else:
-                _logits(self.runner, tokens)
-        found: dict[tuple[str, str], dict[str, list[str]]] = {}
-        for row in counts.rows:
-            sizes = ", ".join(f"{axis}={size}" for axis, size in row.sizes.items())
-            found.setdefault((row.site, row.operator), {}).setdefault(row.kernel, []).append(sizes)
-        return found
+    def _work(self, tokens: Sequence[tuple[int, ...]]) -> None:
+        if self.check is not None:
+            self.check(self.runner)
+        else:
+            _logits(self.runner, tokens)
 
     @contextmanager
     def _by(self, plan: Planned | None) -> Iterator[None]:
@@ -183,14 +177,14 @@ class Exchanged:
         functions = ("prefill", "decode") if work.decodes else ("prefill",)
         ours, theirs = wrong.artifact.manifest, right.artifact.manifest
         self._pairs = {function: pairs(ours, theirs, function) for function in functions}
+        good, bad = (_served(model, partial(_logits, model, self._tokens)) for model in (right, wrong))
         known: dict[Change, None] = {}
         for function, matched in self._pairs.items():
             for launch, at in zip(ours.functions[function], matched, strict=True):
                 if at is not None:
                     operator = ours.kernels[launch.kernel].operator
-                    known[
-                        Change(launch.site, operator, str(right.artifact.path), str(wrong.artifact.path))
-                    ] = None
+                    place = launch.site, operator
+                    known[Change(*place, _listed(good[place]), _listed(bad[place]))] = None
         self._changes = tuple(known)
 
     @property
@@ -264,6 +258,19 @@ def _reach(steps: Steps, index: int) -> Launch:
     raise AssertionError(f"{steps.function} has no launch {index}")
 
 
-def _listed(kernels: Mapping[str, list[str]]) -> str:
-    """Kernels with the sizes they served: "tiled (M=1), blocked (M=20)"."""
-    return ", ".join(f"{name} ({'; '.join(dict.fromkeys(sizes))})" for name, sizes in kernels.items())
+def _served(runner: Runner, work: Callable[[], Any]) -> dict[tuple[str, str], list[Count]]:
+    """For each site and operator which kernels served it, and at which sizes."""
+    with runner.counting() as counts:
+        work()
+    found: dict[tuple[str, str], list[Count]] = {}
+    for row in counts.rows:
+        found.setdefault((row.site, row.operator), []).append(row)
+    return found
+
+
+def _listed(counts: Sequence[Count]) -> str:
+    """Kernels with the sizes they served: "tiled (M = 1), blocked (M = 20)"."""
+    kernels: dict[str, list[Count]] = {}
+    for row in counts:
+        kernels.setdefault(row.kernel, []).append(row)
+    return ", ".join(f"{name} ({extent(rows)})" for name, rows in kernels.items())

@@ -3,12 +3,13 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from relax_llm.numerics import bounds
 from relax_llm.numerics.difference import Difference
+from relax_llm.table import Table, html
 
 Row = tuple[str, ...]
 
@@ -158,6 +159,7 @@ class Comparison:
         for (name, operator), group in groups.items():
             worst = max(group, key=lambda site: _ratio(site.local.relative, site.bound))
             count = len({site.site for site in group})
+            name = name if count > 1 else group[0].site
             growth = [number(group[at].accumulated.relative) for at in (0, -1)]
             over = any(site.is_over for site in group)
             yield (
@@ -230,19 +232,33 @@ class Comparison:
         }
         return json.dumps(_finite(data), indent=1, allow_nan=False)
 
-    def __str__(self) -> str:
+    def summary(self) -> tuple[Table, Table]:
+        """Kinds of sites, and logits."""
+        return (
+            Table(KINDS_HEADER, list(self.kinds()), frozenset({3, 5})),
+            Table(LOGITS_HEADER, self.logits_text(), frozenset({1, 2, 3, 4, 5})),
+        )
+
+    def conclusions(self) -> list[str]:
+        """What was found, as sentences."""
         same = sum(call.likeliest[0] == call.likeliest[1] for call in self.calls)
-        lines = [
-            f"{self.subject} beside {self.reference}",
-            "",
-            *_aligned([KINDS_HEADER, *self.kinds()]),
-            "",
-            *_aligned([LOGITS_HEADER, *self.logits_text()]),
+        alone = [f"Without a counterpart: {', '.join(self.alone)}."] if self.alone else []
+        return [
             f"The likeliest token is the same in {same} of {len(self.calls)} calls.",
-            *([f"Without a counterpart: {', '.join(self.alone)}"] if self.alone else []),
+            *alone,
             self.sentence(),
         ]
-        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        kinds, logits = self.summary()
+        return "\n".join([self._title, "", str(kinds), "", str(logits), "", *self.conclusions()])
+
+    def _repr_html_(self) -> str:
+        return html(self._title, self.summary(), " ".join(self.conclusions()))
+
+    @property
+    def _title(self) -> str:
+        return f"{self.subject} beside {self.reference}"
 
     def __repr__(self) -> str:
         return f"<comparison: {self.sentence()}>"
@@ -273,13 +289,6 @@ def _finite(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [_finite(value) for value in data]
     return data
-
-
-def _aligned(rows: Sequence[Row]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
 
 
 def drift(same_weights: bool) -> float:

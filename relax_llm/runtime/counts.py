@@ -97,7 +97,7 @@ class Counts:
             (
                 operator,
                 kernel,
-                _extent(rows),
+                extent(rows),
                 str(len({row.site for row in rows})),
                 str(sum(row.launches for row in rows)),
             )
@@ -115,7 +115,7 @@ class Counts:
         return str(self)
 
 
-def _extent(rows: list[Count]) -> str:
+def extent(rows: list[Count]) -> str:
     """The smallest and largest of each size: "M = 1..8, kv_len = 17"."""
     shown = []
     for axis in dict.fromkeys(axis for row in rows for axis in row.sizes):

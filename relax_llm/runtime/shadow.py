@@ -3,9 +3,11 @@
 The model goes on with what its own kernels give; of the shadow nothing stays but what it found.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from math import isfinite
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,7 +43,10 @@ class Expected:
 class Standard(Protocol):
     """What says of any launch what is right."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        ...
 
     def expected(self, launch: Launch, artifact: Manifest) -> Sequence[Expected] | None:
         """What a launch that is about to be made should give, in the order of `results`; None: it cannot say."""
@@ -166,6 +171,26 @@ class Shadow:
     def ended(self) -> None:
         """Count a call."""
         self._calls += 1
+
+    def to_json(self) -> str:
+        """What was found, as text; numbers that are not finite as strings."""
+        first = None if self.first is None else asdict(self.first)
+        numbers = {"worst": self.worst, **(first or {})}
+        odd = {
+            name: str(value)
+            for name, value in numbers.items()
+            if isinstance(value, float) and not isfinite(value)
+        }
+        data = {
+            "shadow": self.name,
+            "launches": self.launches,
+            "passed": self.passed,
+            "disagreements": self.disagreements,
+            "sites": self.sites,
+            "worst": odd.pop("worst", self.worst),
+            "first": first and {**first, **odd},
+        }
+        return json.dumps(data, indent=1, allow_nan=False)
 
     def __str__(self) -> str:
         if not self.launches:
