@@ -68,6 +68,7 @@ def watchable(tensor: str | Array, part: Any, names: frozenset[str], lines: Mapp
 
 def _names_of(name: str) -> Iterator[str]:
     """The names a weight or cache goes by: without the model's own prefix too, and by each part of what was fused."""
+    yield name
     head, _, last = name.rpartition(".")
     for whole in parts_of(head):
         yield f"{whole}.{last}"

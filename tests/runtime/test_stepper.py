@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ from relax_llm.runtime import vm
 from relax_llm.runtime.interpreter import Interpreter
 from tests.artifact.checkpoints import GPT2, LLAMA, write
 from tests.runtime import dispatching
+from tests.runtime.conftest import roomy
 from tests.runtime.dispatching import ATTENTION, DOWN, FUNCTIONS, GATE, make
 from tests.runtime.libraries import Sums, build
 
@@ -27,26 +26,8 @@ if TYPE_CHECKING:
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
 
 
-@pytest.fixture(scope="module", params=[LLAMA, GPT2], ids=["llama", "gpt2"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> rl.Runner:
-    """A tiny model of each family."""
-    return rl.Runner(rl.compile(write(tmp_path_factory.mktemp("model") / "checkpoint", request.param)))
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> rl.Artifact:
-    """The model made by hand: prefill is lookup, gate, down, attention, copy."""
-    return make(tmp_path_factory.mktemp("model") / "artifact")
-
-
-@pytest.fixture
-def runner(artifact: rl.Artifact) -> rl.Runner:
-    """Of it, new."""
-    return rl.Runner(artifact)
-
-
 @pytest.mark.parametrize("selection", ["dynamic", "pinned"])
-@pytest.mark.parametrize("length", [1, 17, 100])
+@pytest.mark.parametrize("length", [1, 17, 300])
 def test_bitwise_as_a_plain_run(model: rl.Runner, length: int, selection: Any) -> None:
     runner = rl.Runner(model.artifact, selection=selection)
     ids = np.random.default_rng(length).integers(0, runner.vocab_size, length)
@@ -66,6 +47,46 @@ def test_bitwise_as_a_plain_run(model: rl.Runner, length: int, selection: Any) -
         np.testing.assert_array_equal(steps.logits, expected)
         assert stepped.tokens == plain.tokens
     np.testing.assert_array_equal(runner.decode(stepped, 1), runner.decode(plain, 1))
+
+
+@pytest.mark.parametrize(
+    ("weights", "family"),
+    [("bf16", LLAMA), ("bf16", GPT2), ("f16", GPT2), ("q8", LLAMA), ("q4", GPT2), ("q4s", LLAMA)],
+    ids=["bf16-llama", "bf16-gpt2", "f16-gpt2", "q8-llama", "q4-gpt2", "q4s-llama"],
+)
+def test_bitwise_in_every_weight_format(weights: str, family: dict[str, Any], tmp_path: Path) -> None:
+    artifact = rl.compile(write(tmp_path / "checkpoint", roomy(family)), weights=weights)
+    for runner in (rl.Runner(artifact), rl.Runner(artifact, selection="pinned")):
+        ids = np.random.default_rng(0).integers(0, runner.vocab_size, 300)
+        for length in (1, 17, 300):
+            _assert_steps_are_a_run(runner, ids[:length])
+
+
+def test_bitwise_with_forced_kernels(model: rl.Runner) -> None:
+    ids = np.random.default_rng(0).integers(0, model.vocab_size, 300)
+    forced = 0
+    for launch in model.steps("prefill", model.start(), ids):
+        others = [kernel for kernel in launch.kernels if kernel != launch.kernel]
+        if others:
+            with model.force(launch.site, others[0]):
+                _assert_steps_are_a_run(model, ids)
+            forced += 1
+    assert forced
+
+
+def _assert_steps_are_a_run(runner: rl.Runner, ids: Any) -> None:
+    """A prefill and a decode, plainly, stepped, and stepped up to the middle and then natively."""
+    plain, stepped, left = (runner.start() for _ in range(3))
+    for function, tokens in (("prefill", ids), ("decode", 7)):
+        expected = getattr(runner, function)(plain, tokens)
+        np.testing.assert_array_equal(runner.steps(function, stepped, tokens).finish(), expected)
+        steps = runner.steps(function, left, tokens)
+        steps.step(len(steps) // 2)
+        np.testing.assert_array_equal(steps.detach(), expected)
+    assert stepped.tokens == left.tokens == plain.tokens
+    expected = runner.decode(plain, 1)
+    for state in (stepped, left):
+        np.testing.assert_array_equal(runner.decode(state, 1), expected)
 
 
 @pytest.mark.parametrize("function", ["logits", "hidden"])
@@ -359,15 +380,6 @@ def test_an_error_in_a_replacement_leaves_the_launch_to_be_made(runner: rl.Runne
     steps.replace(DOWN, "double")
     assert steps.finish()[0] == dispatching.prefill(3, "plain", "double", "single")
     assert state.length == 3
-
-
-def test_abandoned_steps_give_their_memory_back(runner: rl.Runner) -> None:
-    steps = runner.steps("prefill", runner.start(), [1, 2, 3])
-    steps.step(3)
-    gone = weakref.ref(steps)
-    del steps
-    gc.collect()
-    assert gone() is None
 
 
 def test_a_state_that_went_on_meanwhile(runner: rl.Runner) -> None:
