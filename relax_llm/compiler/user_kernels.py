@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.metadata import entry_points
 
 from relax_llm.compiler import user_file
@@ -35,7 +36,8 @@ def gather(given: Iterable[Kernel | str | os.PathLike[str]]) -> list[Kernel]:
             raise KernelError(
                 f"The entry point {point.name!r} of {ENTRY_POINTS} is {kernel!r}, not a kernel."
             )
-        found.append((kernel, f"the package {point.dist.name if point.dist else point.value}"))
+        package = point.dist.name if point.dist else point.value
+        found.append((replace(kernel, package=package), f"the package {package}"))
     origins: dict[str, str] = {}
     for kernel, origin in found:
         if kernel.name in origins:

@@ -25,13 +25,25 @@ def try_for_gpu(kernel: Kernel, problem: Problem, machine: Machine, *, given: bo
         given: Whether it is a user's.
 
     Raises:
-        KernelError: The kernel cannot be one for a GPU.
+        KernelError: The kernel was given, and cannot be one for a GPU.
     """
     if not given:
         layout = Plain() if isinstance(problem, Matmul) else None
         operands = operator_of(problem).launched(problem, layout)
         symbol = f"{kernel.name}__{problem.name}"
         return Realized(kernel, problem, symbol, build(problem, machine), operands, layout)
+    try:
+        return _realized(kernel, problem, machine)
+    except Declined as reason:
+        return f"declined: {reason}"
+    except KernelError as error:
+        if kernel.package:  # installed for all compilations, and not asked for in this one
+            return f"is no kernel for a GPU: {error}"
+        raise
+
+
+def _realized(kernel: Kernel, problem: Problem, machine: Machine) -> Realized | str:
+    """A user's kernel, or why it does not serve."""
     if not kernel.sizes.everything:
         raise KernelError(
             f"Kernel {kernel.name!r} is valid for {kernel.sizes}; on a GPU kernels are not chosen by size, so one must "
@@ -42,10 +54,7 @@ def try_for_gpu(kernel: Kernel, problem: Problem, machine: Machine, *, given: bo
             f"Kernel {kernel.name!r} reads the tiled layout, which fits the vectors of a processor; for a GPU say "
             'layout="plain", or give a Layout of yours.'
         )
-    try:
-        realized = realize(kernel, problem, machine)
-    except Declined as reason:
-        return f"declined: {reason}"
+    realized = realize(kernel, problem, machine)
     if realized.objects or realized.python is not None:
         form = "Python" if realized.python else "C"
         raise KernelError(

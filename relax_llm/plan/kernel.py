@@ -77,6 +77,7 @@ class Kernel:
         weights: Weight formats it reads.
         cost: Seconds that a launch takes, for a problem and its sizes, as far as can be told without measuring.
         files: What the function reads beside its own file: sources, headers, object files.
+        package: The installed package that it comes from; empty for one that was given.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Kernel:
     weights: frozenset[str] = frozenset({"f32"})
     cost: Cost | None = None
     files: tuple[str, ...] = ()
+    package: str = ""
 
     @property
     def layout_name(self) -> str:
