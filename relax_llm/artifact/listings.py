@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import textwrap
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,9 @@ FORMAT = 1
 _FUNCTION = re.compile(r"^    @T\.prim_func", re.MULTILINE)
 _NAME = re.compile(r"^    def (\w+)\(", re.MULTILINE)
 _SIZE = re.compile(r'^(\w+) = TypeVar\("\w+"\)$', re.MULTILINE)
+_VECTOR = re.compile(r"T\.let\[T\.\w+x\d+\]")
+_ENTRY = "__entry"
+_CALLED = re.compile(r"\bModule\.(\w+)\(")
 _HEAD = """from __future__ import annotations
 
 from typing import TypeVar
@@ -179,7 +182,9 @@ class Listings:
         known = {match[1]: part for part in parts if (match := _NAME.search(part))}
         # TVM prints a call of another function without the module's name, and cannot read that.
         call = re.compile(rf"^( +)({'|'.join(map(re.escape, known))})\(", re.MULTILINE)
-        return {name: call.sub(r"\1Module.\2(", part) for name, part in known.items()}
+        parts = {name: call.sub(r"\1Module.\2(", part) for name, part in known.items()}
+        # Nor can it read the names of vectors whose length is no power of two.
+        return {name: _VECTOR.sub("T.let", part) for name, part in parts.items()}
 
     @cached_property
     def code(self) -> MachineCode:
@@ -188,25 +193,30 @@ class Listings:
 
     def reached(self, symbol: str) -> list[str]:
         """A function and all that it calls."""
+        return [symbol, *self.reached_from(self.functions[symbol])]
+
+    def reached_from(self, text: str) -> list[str]:
+        """All that TVMScript calls, with what that calls, and the entries that keep LLVM from seeing through it."""
         found: dict[str, None] = {}
-        waiting = [symbol]
+        waiting = _CALLED.findall(text)
         while waiting:
             name = waiting.pop(0)
             if name not in found:
                 found[name] = None
-                waiting += re.findall(r"\bModule\.(\w+)\(", self.functions[name])
-        return list(found)
+                waiting += _CALLED.findall(self.functions[name])
+        return [*found, *(name + _ENTRY for name in found if name + _ENTRY in self.functions)]
 
-    def module(self, symbols: list[str]) -> str:
-        """A Python file with some functions."""
-        body = "\n".join(self.functions[symbol] for symbol in symbols)
-        sizes = [
-            name
-            for name in dict.fromkeys(_SIZE.findall(self._text(MODULE)))
-            if re.search(rf"\b{name}\b", body)
-        ]
-        declared = "".join(f'{name} = TypeVar("{name}")\n' for name in sizes)
-        return f"{_HEAD}{declared}\n\n@I.ir_module\nclass Module:\n{body}"
+    def module(self, symbols: Sequence[str], *more: str) -> str:
+        """A Python file with some functions.
+
+        Args:
+            symbols: Their names.
+            more: TVMScript of others, indented as methods.
+        """
+        body = "\n".join([*more, *(self.functions[symbol] for symbol in symbols)])
+        names = dict.fromkeys(_SIZE.findall(self._text(MODULE)))
+        declared = [f'{name} = TypeVar("{name}")\n' for name in names if re.search(rf"\b{name}\b", body)]
+        return f"{_HEAD}{''.join(declared)}\n\n@I.ir_module\nclass Module:\n{body}"
 
     def _text(self, name: str) -> str:
         try:

@@ -180,6 +180,11 @@ class CompiledKernel(HasCode):
         return found[0]
 
     @property
+    def index(self) -> int | None:
+        """Its index among the kernels of the dispatcher that the model calls; None where the model calls it."""
+        return self._found.index
+
+    @property
     def listing(self) -> Listing:
         """What it was made from and into."""
         return self.artifact.listing(self._found.code)

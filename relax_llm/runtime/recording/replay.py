@@ -84,6 +84,11 @@ class RecordedLaunch:
         self._replay = replay
 
     @property
+    def artifact(self) -> Artifact:
+        """The artifact that was recorded."""
+        return self._replay.artifact
+
+    @property
     def title(self) -> str:
         """Its place: the call, the function, the index and the site."""
         return f"{self.made.call}:{self.function}[{self.made.index}] {self.site}"
@@ -190,6 +195,23 @@ class RecordedLaunch:
         same = [one for one in known if one.symbol == self.made.symbol and one.is_at(self.site)]
         axes = {axis: self.sizes[axis] for axis in AXES.get(self.operator, ())}
         return CompiledKernel(artifact, find(same or known, manifest, name, self.site, self.operator, axes))
+
+    def repro(self, directory: str | os.PathLike[str], artifact: Artifact | None = None) -> Path:
+        """Write a directory with which this launch can be made by anyone who has TVM, without this package.
+
+        Args:
+            directory: A new or empty one, or an earlier repro, which is replaced.
+            artifact: Has the listings, and the weights that are not in the recording; by default the one recorded.
+
+        Returns:
+            The script to run in it.
+
+        Raises:
+            RecordingError: The kernel cannot do without this package, or the directory cannot be written.
+        """
+        from relax_llm.runtime.recording.repro import write_repro
+
+        return write_repro(self, directory, artifact)
 
     def __str__(self) -> str:
         sizes = ", ".join(
