@@ -13,6 +13,7 @@ import textwrap
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,9 @@ class Listings:
             ArtifactError: The file cannot be read.
         """
         if symbol not in self.index.parameters:
+            names = get_close_matches(symbol, self.index.parameters, 5, 0) or sorted(self.index.parameters)
             raise InputError(
-                f"The artifact has no function {symbol!r}; there are: {', '.join(sorted(self.index.parameters))}."
+                f"The library has no function {symbol!r}; it has {len(self.index.parameters)}, such as {', '.join(names)}."
             )
         return Listing(symbol, self.index.parameters[symbol], self.index.sources.get(symbol), self)
 
@@ -182,9 +184,9 @@ class Listings:
         known = {match[1]: part for part in parts if (match := _NAME.search(part))}
         # TVM prints a call of another function without the module's name, and cannot read that.
         call = re.compile(rf"^( +)({'|'.join(map(re.escape, known))})\(", re.MULTILINE)
-        parts = {name: call.sub(r"\1Module.\2(", part) for name, part in known.items()}
+        called = {name: call.sub(r"\1Module.\2(", part) for name, part in known.items()}
         # Nor can it read the names of vectors whose length is no power of two.
-        return {name: _VECTOR.sub("T.let", part) for name, part in parts.items()}
+        return {name: _VECTOR.sub("T.let", part) for name, part in called.items()}
 
     @cached_property
     def code(self) -> MachineCode:

@@ -18,6 +18,9 @@ from relax_llm.cli.env import env
 from relax_llm.cli.generate import generate
 from relax_llm.cli.inspect import inspect
 from relax_llm.cli.interrupts import Termination
+from relax_llm.cli.record import record
+from relax_llm.cli.replay import replay
+from relax_llm.cli.repro import repro
 from relax_llm.cli.step import step
 from relax_llm.cli.trace import trace
 from relax_llm.cli.tune import tune
@@ -76,6 +79,9 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "step": step,
     "trace": trace,
     "tune": tune,
+    "record": record,
+    "replay": replay,
+    "repro": repro,
     "compare": compare,
     "bisect": bisect,
     "env": env,

@@ -61,6 +61,26 @@ def inspect(
     dot: Annotated[
         bool, typer.Option("--dot", help="Print the graph of a function in Graphviz's language.")
     ] = False,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--source",
+            metavar="KERNEL|SITE",
+            help="Print what a person wrote of a kernel, or of all kernels of a site.",
+        ),
+    ] = None,
+    tir: Annotated[
+        str | None,
+        typer.Option("--tir", metavar="KERNEL|SITE", help="Print TVMScript of a kernel."),
+    ] = None,
+    llvm: Annotated[
+        str | None,
+        typer.Option("--llvm", metavar="KERNEL|SITE", help="Print LLVM IR of a kernel."),
+    ] = None,
+    assembly: Annotated[
+        str | None,
+        typer.Option("--assembly", metavar="KERNEL|SITE", help="Print assembly of a kernel."),
+    ] = None,
     cuda: Annotated[
         bool, typer.Option("--cuda", help="Print the source of kernels compiled with --target cuda.")
     ] = False,
@@ -82,6 +102,12 @@ def inspect(
     if cuda:
         report.show_source(path, manifest)
         return
+    for form, name in (("source", source), ("tir", tir), ("llvm", llvm), ("assembly", assembly)):
+        if name is not None:
+            from relax_llm.cli import code
+
+            code.show(path, manifest, form, name)
+            return
     if explain is not None:
         sizes = {"M": rows} if rows is not None else {}
         sizes |= parse_sizes(at, {axis for axes in AXES.values() for axis in axes}) if at else {}

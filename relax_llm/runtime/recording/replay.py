@@ -213,11 +213,14 @@ class RecordedLaunch:
 
         return write_repro(self, directory, artifact)
 
+    @property
+    def shown_sizes(self) -> str:
+        """The sizes that its kernel is chosen by, as text."""
+        axes = AXES.get(self.operator, ())
+        return ", ".join(f"{axis} = {self.sizes[axis]}" for axis in axes if axis in self.sizes)
+
     def __str__(self) -> str:
-        sizes = ", ".join(
-            f"{axis} = {self.sizes[axis]}" for axis in AXES.get(self.operator, ()) if axis in self.sizes
-        )
-        return f"{self.title}: {self.operator} by {self.kernel} ({sizes})"
+        return f"{self.title}: {self.operator} by {self.kernel} ({self.shown_sizes})"
 
     def __repr__(self) -> str:
         return f"<recorded {self}>"
