@@ -100,12 +100,12 @@ def scratch(shape: Sequence[int], dtype: str = "float32") -> Expr:
 
 
 class Registers:
-    """A tile of f32 vectors that live in registers, `rows` by the given vectors, each a variable of its own."""
+    """A tile of vectors that live in registers, `rows` by the given vectors, each a variable of its own."""
 
-    def __init__(self, rows: int, vectors: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, rows: int, vectors: Sequence[tuple[int, int]], dtype: str = "float32") -> None:
         self.rows = rows
         self.vectors = vectors
-        self._cells = [[local((lanes,)) for _, lanes in vectors] for _ in range(rows)]
+        self._cells = [[local((lanes,), dtype) for _, lanes in vectors] for _ in range(rows)]
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         """Every vector of the tile as (row, index of the vector, its first column, its lanes)."""

@@ -9,6 +9,7 @@ from tvm import IRModule, ir, relax
 from relax_llm.compiler.bindings import Edit, Line, bind, is_launch, typed, used
 from relax_llm.compiler.planner import Choice, Planner
 from relax_llm.compiler.recipes import joined_name
+from relax_llm.formats import FORMATS, Blocks
 from relax_llm.kernels.dispatch import OPEN_SUFFIX, Branch, dispatcher, internal, open_dispatcher
 from relax_llm.kernels.forms import Realized, sizes_of
 from relax_llm.kernels.gpu import launched
@@ -46,6 +47,7 @@ class SelectKernels:
     serves a problem, and its loops become the function's own.
 
     Where weights are not stored as f32, they are encoded first: `R.call_pure_packed("relax_llm.encode.q8", wd)`.
+    Products of weights in blocks may round their activations to int8.
 
     An embedding that shares its table with a matmul reads it in the matmul's layout, so that it is stored once. Another
     table of tokens has the matmuls' format.
@@ -67,7 +69,8 @@ class SelectKernels:
                 if isinstance(problem, Matmul):
                     weight = call.args[1][1]
                     stored = self.planner.storage.format(_sources(line, weight), problem.n)
-                    problem = changed_copy(problem, weight_format=stored)
+                    rounded = "int8" if isinstance(FORMATS[stored], Blocks) else None
+                    problem = changed_copy(problem, weight_format=stored, activations=rounded)
                     choice = self.planner.choose(problem, _site(line, [weight], problem))
                     # A GPU's kernels mostly read the weight as it is, as an embedding may beside them.
                     as_is = self.planner.machine.is_gpu and isinstance(choice.layout, Plain)

@@ -6,6 +6,7 @@ from relax_llm.formats import FORMATS
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul.blocked import blocked
 from relax_llm.kernels.matmul.cost import blocked_cost, tiled_cost
+from relax_llm.kernels.matmul.integer import FEATURES, FORMATS_READ, integer, integer_cost
 from relax_llm.kernels.matmul.plain import plain_panels, plain_rows
 from relax_llm.kernels.matmul.problem import Matmul
 from relax_llm.kernels.matmul.shape import first_blocked
@@ -45,6 +46,17 @@ def matmul_kernels(machine: Machine) -> list[Kernel]:
             absorbs=_ALL,
             weights=_PACKED,
             cost=blocked_cost(machine),
+        ),
+        Kernel(
+            "integer",
+            "matmul",
+            "primfunc",
+            make(integer),
+            layout="tiled",
+            absorbs=_ALL,
+            features=FEATURES,
+            weights=FORMATS_READ,
+            cost=integer_cost,
         ),
         Kernel(
             "plain_panels", "matmul", "primfunc", make(plain_panels), sizes=Box.of(M=(_FEW_ROWS + 1, None))

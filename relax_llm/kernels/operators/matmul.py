@@ -12,6 +12,7 @@ from relax_llm.formats import FORMATS, Blocks, Format
 from relax_llm.formats.blocks import Parts
 from relax_llm.kernels.layout import Layout, Plain
 from relax_llm.kernels.matmul.problem import Matmul, arguments, definition, reference
+from relax_llm.kernels.matmul.quantize import GROUP
 from relax_llm.kernels.operators.operator import (
     UNIT,
     Array,
@@ -69,7 +70,8 @@ def _reals(problem: Matmul, rows: int, rng: np.random.Generator) -> dict[str, Ar
 def _integers(problem: Matmul, rows: int, rng: np.random.Generator) -> dict[str, Array]:
     """Integers other than 0, the weight, bias and residual times a power of two: every sum of them is exact.
 
-    No sum reaches 2**24: products stay below 2**23, and bias and residual below 2**22 each.
+    No sum reaches 2**24: products stay below 2**23, and bias and residual below 2**22 each. Where activations may be of
+    int8, each group has a 127, so that they are integers then, too.
     """
     largest = min(_LARGEST, math.isqrt(2**23 // problem.k))
     typical = largest * (largest + 1) / 3 * math.sqrt(problem.k)
@@ -81,6 +83,8 @@ def _integers(problem: Matmul, rows: int, rng: np.random.Generator) -> dict[str,
 
     limits = {"x": largest, "weight": largest, "bias": 2**shift, "residual": 2**shift}
     made = {name: draw(shape, limits[name]) for name, shape in _shapes(problem, rows)}
+    if problem.activations == "int8":
+        made["x"][:, ::GROUP] = np.copysign(127, made["x"][:, ::GROUP])
     for name in made.keys() - {"x"}:
         made[name] *= np.float32(2.0**-shift)
     made["weight"] = _encoded_exactly(FORMATS[problem.weight_format], made["weight"], np.float16(2.0**-shift))
@@ -131,6 +135,8 @@ def bounded(problem: Matmul, values: Mapping[str, Array], *, exact: bool) -> tup
     the error |a| d(b) + |b| d(a) + d(a) d(b) and a rounding. A residual may be where the sum starts from or be added
     last: g + 2 roundings of its size, and one of the result's.
 
+    Where the problem allows activations of int8, each may be off by half a 127th of the largest magnitude of its group.
+
     Args:
         problem: What to compute.
         values: "x" [M, K], "weight" [N, K], and where the problem has them "bias" [N] and "residual" [M, outputs].
@@ -150,6 +156,9 @@ def bounded(problem: Matmul, values: Mapping[str, Array], *, exact: bool) -> tup
         error = np.zeros_like(total)
     else:
         error = roundings * u * reference(linear, {name: np.abs(array) for name, array in outer.items()})
+    if problem.activations == "int8" and not exact:
+        step = _largest_of_groups(values["x"]) / 254
+        error = error + 1.001 * step @ np.abs(values["weight"].astype(np.float64)).T
     half = problem.outputs
     value, bound = total[:, :half], error[:, :half]
     if problem.activation:
@@ -163,6 +172,16 @@ def bounded(problem: Matmul, values: Mapping[str, Array], *, exact: bool) -> tup
     if problem.residual:
         bound = bound + u * ((roundings + 2.0) * np.abs(values["residual"]) + np.abs(right))
     return right, bound
+
+
+def _largest_of_groups(x: Array) -> Array:
+    """For each element [M, K] the largest magnitude of its group of 32 along K, in float64."""
+    rows, k = x.shape
+    padded = np.zeros((rows, -(-k // GROUP) * GROUP))
+    padded[:, :k] = np.abs(x)
+    largest = padded.reshape(rows, -1, GROUP).max(axis=2)
+    spread: Array = np.repeat(largest, GROUP, axis=1)[:, :k]
+    return spread
 
 
 def _columns(problem: Matmul, values: Mapping[str, Array], columns: slice) -> tuple[Matmul, dict[str, Array]]:
@@ -205,6 +224,9 @@ MATMUL = Operator(
         Matmul(48, 96, "q4", bias=True),
         Matmul(70, 65, "q4", activation="silu", gated=True),
         Matmul(21, 19, "q4s", bias=True, residual=True),
+        Matmul(40, 70, "q8", activations="int8"),
+        Matmul(38, 65, "q4", activation="silu", gated=True, activations="int8"),
+        Matmul(33, 40, "q4s", residual=True, activations="int8"),
     ),
     benchmarks=(
         *(Matmul(n, k) for n, k in ((960, 576), (576, 576), (576, 1536), (49152, 576))),
@@ -221,6 +243,7 @@ MATMUL = Operator(
         Mistake({"n": 4, "k": 4, "weight_format": "q3"}, "q3"),
         Mistake({"n": 5, "k": 4, "gated": True}, "even"),
         Mistake({"n": 4, "k": 4, "activation": "sinc"}, "sinc"),
+        Mistake({"n": 4, "k": 4, "activations": "int4"}, "int4"),
     ),
     by_rows=True,
     exact=True,

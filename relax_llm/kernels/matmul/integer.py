@@ -1,0 +1,254 @@
+"""Products of quantized weights and quantized activations, in integers: `vpdpbusd` multiplies and adds four of each."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from tvm import ir
+from tvm.tirx import PrimFunc
+from tvm.tirx.script.builder import ir as T
+
+from relax_llm import cpu
+from relax_llm.formats import FORMATS, Blocks
+from relax_llm.kernels import builder as b
+from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.halves import from_f16
+from relax_llm.kernels.inner import inner, memory, number, pointer
+from relax_llm.kernels.layout import TiledGroups
+from relax_llm.kernels.machine import LANES, Machine
+from relax_llm.kernels.matmul.operands import Operands, Sums, write
+from relax_llm.kernels.matmul.problem import Matmul
+from relax_llm.kernels.matmul.quantize import BESIDE, GROUP, QUADS, quantize
+from relax_llm.plan.kernel import Declined
+
+FEATURES = frozenset({"avx512_vnni"})
+"""What the kernel needs of a processor."""
+
+FORMATS_READ = frozenset(name for name, format in FORMATS.items() if isinstance(format, Blocks))
+
+_ROWS = 6  # of a tile: with 32 columns, 12 vectors of integers and 12 of their sums
+_PART = 32  # groups of a panel that are multiplied at a time; they stay in a first-level cache
+_TILES = 64  # in a block of rows
+_SERIAL = 1 << 14  # elements of x that one core quantizes sooner than two could begin
+_AHEAD = 4096  # bytes of weight that are asked for before they are needed
+_LINE = 64
+_FAR = 1 << 20
+_MEMORY = 25e9  # bytes a second that a core reads
+_PRODUCTS = 200e9  # multiply-adds a second of a core
+
+
+def integer(problem: Matmul, machine: Machine) -> PrimFunc:
+    """The product over groups of int8 activations, x [M, K].
+
+    First x is quantized, for all tasks: `quantize`. Then each task has a panel of the weight and a block of rows. Every
+    group is summed in integers, exactly; the sums of groups are multiplied by the two scales and added in f32, in
+    ascending order, so that a row's result depends neither on the rows beside it nor on how the work was cut.
+
+    Raises:
+        Declined: The problem wants its activations as they are.
+    """
+    if problem.activations != "int8":
+        raise Declined("multiplies activations in int8, and the problem is to take them as they are")
+    k = problem.k
+
+    def emit() -> None:
+        operands = Operands.declare(problem, machine, flat=True)
+        layout = operands.layout
+        assert isinstance(layout, TiledGroups)
+        m, x, cols = operands.m, operands.x, operands.tile.cols
+        groups, rest = layout.blocks.groups(k), k % GROUP
+        codes = b.view(T.alloc_buffer((m * groups * GROUP,), "int8"), (m, groups * GROUP), "int8")
+        beside = b.view(T.alloc_buffer((m * groups * BESIDE,), "float32"), (m, groups * BESIDE))
+        encode = quantize(layout.blocks, machine)
+
+        def row_task(row: Expr) -> None:
+            if k >= GROUP:
+                b.call(
+                    encode,
+                    T.address_of(x[row, 0]),
+                    T.address_of(codes[row, 0]),
+                    T.address_of(beside[row, 0]),
+                    T.int64(k // GROUP),
+                )
+            if rest:
+                last = b.local((GROUP,))
+                for at, lanes in b.chunks(GROUP):
+                    b.store(last, b.splat(0.0), at, lanes=lanes)
+                with T.serial(rest) as at:
+                    b.put(last, x[row, k - rest + at], at)
+                b.call(
+                    encode,
+                    T.address_of(last[0]),
+                    T.address_of(codes[row, k - rest]),
+                    T.address_of(beside[row, (groups - 1) * BESIDE]),
+                    T.int64(1),
+                )
+
+        b.tasks(m, row_task, serial_if=m * k <= _SERIAL, name="row")
+
+        parts = -(-groups // _PART)
+        tiles = b.let("tiles", (m + (_ROWS - 1)) // _ROWS)
+        blocks = b.let("blocks", (tiles + (_TILES - 1)) // _TILES)
+
+        def task(index: Expr) -> None:
+            block = b.let("block", index // operands.panels)
+            panel = b.let("panel", index % operands.panels)
+            start = b.let("start", tiles * block // blocks)
+            own = b.let("own", tiles * (block + 1) // blocks - start)
+            top = b.let("top", m * start // tiles)
+            kept = None
+            if not operands.direct:
+                kept = b.local((_TILES * _ROWS if parts > 1 else _ROWS, cols))
+            with T.serial(parts) as part, T.serial(own) as i:
+                first = b.let("first", m * (start + i) // tiles)
+                height = b.let("height", m * (start + i + 1) // tiles - first)
+                at = b.let("at", first - top) if parts > 1 else T.int64(0)
+                sums = operands.in_place(first, panel) if kept is None else Sums(kept, (at, T.int64(0)), cols)
+                begin = b.let("begin", part * _PART)
+                b.call(
+                    multiply_integers(layout, machine),
+                    height,
+                    T.address_of(codes[first, begin * GROUP]),
+                    T.address_of(beside[first, begin * BESIDE]),
+                    T.address_of(
+                        operands.weight[panel * operands.panel_words + begin * (layout.group_bytes // 4)]
+                    ),
+                    sums.address,
+                    T.int64(sums.apart),
+                    T.int64(groups),
+                    T.min(T.int64(_PART), groups - begin),
+                    T.cast(part, "int64"),
+                )
+                if not operands.done:
+                    with b.when(part == parts - 1):
+                        write(operands, sums, height, first, panel)
+
+        b.tasks(blocks * operands.panels, task, name="panel")
+
+    return b.prim_func(f"integer__{problem.name}", emit)
+
+
+_POINTERS = (("codes", "int8"), ("beside", "float32"), ("weight", "float32"), ("sums", "float32"))
+_NUMBERS = ("apart", "apart_groups", "groups", "carry")
+
+
+def multiply_integers(layout: TiledGroups, machine: Machine) -> ir.GlobalVar:
+    """The function that adds a tile of products of integers to sums, over some groups.
+
+    ::
+
+        multiply_integers(height, codes, beside, weight, sums, apart, apart_groups, groups, carry)
+
+    A tile has `height` rows and a panel's columns. `codes` and `beside` are the addresses of what `quantize` made of
+    its first row's first group, with rows `apart_groups` groups apart; `weight` that of the panel there. The sums are
+    `apart` elements from row to row, and begin from what is there if `carry` is not 0.
+    """
+    layout = replace(layout, gated=False)
+
+    def emit() -> None:
+        height = number("height")
+        given = [pointer(name, dtype) for name, dtype in _POINTERS] + [number(name) for name in _NUMBERS]
+        for rows in range(1, _ROWS + 1):
+            with b.when(height == rows):
+                b.call(_tile(layout, rows, machine), *given)
+
+    return inner(f"multiply_integers_{layout.name}", (machine,), emit)
+
+
+def _tile(layout: TiledGroups, rows: int, machine: Machine) -> ir.GlobalVar:
+    """The function for one height, without that argument."""
+    format, cols = layout.blocks, layout.cols
+    group_bytes, lines = layout.group_bytes, -(-layout.group_bytes // _LINE)
+
+    def emit() -> None:
+        given = {name: pointer(name, dtype) for name, dtype in _POINTERS}
+        apart, apart_groups, groups, carry = map(number, _NUMBERS)
+        quads = memory(given["codes"], (_FAR,), "int32")
+        beside, begins = (memory(given["beside"], (_FAR,), dtype) for dtype in ("float32", "int32"))
+        words = memory(given["weight"], (_FAR,), "uint32")
+        halves = memory(given["weight"], (_FAR,), "uint16")
+        ahead = memory(given["weight"], (_FAR,))
+        sums = memory(given["sums"], (_FAR,))
+        acc = b.Registers(rows, b.chunks(cols))
+        products = b.Registers(rows, b.chunks(cols), "int32")
+
+        def load() -> None:
+            for row, index, column, lanes in acc:
+                acc.set(row, index, b.load(sums, row * apart + column, lanes=lanes))
+
+        b.either(carry == 0, acc.clear, load)
+        with T.serial(groups) as group:
+            for line in range(lines):
+                b.prefetch(ahead, (group * group_bytes + _AHEAD + line * _LINE) // 4)
+            for row, index, _, lanes in products:
+                start = T.int32(0)
+                if not format.minimum:
+                    start = begins[(row * apart_groups + group) * BESIDE + 1]
+                products.set(row, index, T.broadcast(start, lanes))
+            for index, (column, _) in enumerate(b.chunks(cols)):
+                _add_group(products, index, layout, words, quads, group, column, apart_groups, rows)
+            for index, (column, lanes) in enumerate(b.chunks(cols)):
+                at = group * (group_bytes // 2) + layout.code_bytes // 2 + column
+                scale = T.Bind(from_f16(b.load(halves, at, lanes=lanes), lanes, machine))
+                least = None
+                if format.minimum:
+                    least = T.Bind(from_f16(b.load(halves, at + cols, lanes=lanes), lanes, machine))
+                for row in range(rows):
+                    own = (row * apart_groups + group) * BESIDE
+                    value = T.Cast(f"float32x{lanes}", products.get(row, index))
+                    total = acc.get(row, index) + value * (scale * b.splat(beside[own], lanes))
+                    if least is not None:
+                        total = total + least * b.splat(beside[own + 1], lanes)
+                    acc.set(row, index, total)
+        for row, index, column, lanes in acc:
+            b.store(sums, acc.get(row, index), row * apart + column, lanes=lanes)
+
+    return inner(f"multiply_integers_{layout.name}_rows{rows}", (machine,), emit)
+
+
+def _add_group(
+    products: b.Registers,
+    index: int,
+    layout: TiledGroups,
+    words: Expr,
+    quads: Expr,
+    group: Expr,
+    column: int,
+    apart_groups: Expr,
+    rows: int,
+) -> None:
+    """Add a group of a vector of columns to the products of every row."""
+    format = layout.blocks
+    stored = format.code_bytes // 4  # quads that lie in memory; of 4 bits, each has two
+    for at in range(stored):
+        both = T.Bind(b.load(words, group * (layout.group_bytes // 4) + at * layout.cols + column))
+        vectors = [(at, both)]
+        if stored < QUADS:
+            nibbles = T.broadcast(T.uint32(0x0F0F0F0F), LANES)
+            high = T.shift_right(both, T.broadcast(T.uint32(4), LANES))
+            vectors = [
+                (at, T.Bind(T.bitwise_and(both, nibbles))),
+                (at + stored, T.Bind(T.bitwise_and(high, nibbles))),
+            ]
+        for quad, weights in vectors:
+            for row in range(rows):
+                four = quads[(row * apart_groups + group) * QUADS + quad]
+                products.set(row, index, _dot(products.get(row, index), weights, T.broadcast(four, LANES)))
+
+
+def _dot(total: Expr, weights: Expr, activations: Expr) -> Expr:
+    """Each lane's total, and the four products of unsigned bytes and signed ones in it."""
+    signed = f"int8x{4 * LANES}"
+    return T.call_llvm_pure_intrin(
+        f"int32x{LANES}",
+        "llvm.x86.avx512.vpdpbusd.512",
+        total,
+        T.reinterpret(signed, weights),
+        T.reinterpret(signed, activations),
+    )
+
+
+def integer_cost(problem: Matmul, sizes: Mapping[str, int]) -> float:
+    """Seconds of a launch: reading the weight, or multiplying, both of which were measured."""
+    memory = FORMATS[problem.weight_format].nbytes(problem.n, problem.k) / _MEMORY
+    products = problem.n * problem.k * sizes["M"] / _PRODUCTS
+    return 1e-6 + max(memory, products) / max(1, cpu.cores())

@@ -1,0 +1,75 @@
+"""Activations in int8: each row of x in groups of 32, with a scale for each, made anew in every launch.
+
+A group is divided by a 127th of its largest magnitude and rounded. What a product needs beside the codes lies with
+them: the scale, and the sum of the codes for weights whose codes do not begin at zero.
+"""
+
+from tvm import ir
+from tvm.tirx.script.builder import ir as T
+
+from relax_llm.formats import Blocks
+from relax_llm.kernels import builder as b
+from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.inner import inner, memory, number, pointer
+from relax_llm.kernels.machine import LANES, Machine
+
+GROUP = 32
+QUADS = GROUP // 4
+"""Words of four codes in a group."""
+
+BESIDE = 2
+"""f32 beside the codes of a group: the scale, and what the sum of the codes is good for (see `quantize`)."""
+
+_MAGIC = 12582912.0  # 1.5 * 2**23: added to a small number, it leaves the number rounded in the lowest bits
+_LEAST = 7 << 23  # the bits of 2**-120: what is smaller has no inverse, and counts as 0
+_FAR = 1 << 20
+
+
+def quantize(format: Blocks, machine: Machine) -> ir.GlobalVar:
+    """The function that quantizes groups that lie one after the other.
+
+    ::
+
+        quantize(x, codes, beside, groups)
+
+    `x` is the address of f32 [groups, 32]; `codes` that of int8 [groups, 32]; `beside` that of f32 [groups, 2]: the
+    scale and, where the format has minimums, the scale times the sum of the codes. Where it has none it is the sum of
+    the codes times that of zero, negative, as an int32: what a sum of products of unsigned codes begins with. A group
+    with a number that is not finite has a scale that is not.
+    """
+
+    def emit() -> None:
+        x_at, codes_at, beside_at = pointer("x"), pointer("codes", "int8"), pointer("beside")
+        groups = number("groups")
+        x, codes = memory(x_at, (_FAR,)), memory(codes_at, (_FAR,), "int8")
+        beside, begins = memory(beside_at, (_FAR,)), memory(beside_at, (_FAR,), "int32")
+        magnitude = T.broadcast(T.int32(0x7FFFFFFF), LANES)
+        with T.serial(groups) as group:
+            halves = [T.Bind(b.load(x, group * GROUP + start)) for start in range(0, GROUP, LANES)]
+            bits = [T.bitwise_and(T.reinterpret(f"int32x{LANES}", half), magnitude) for half in halves]
+            # As integers: these are in the order of the magnitudes, and NaN is larger than all.
+            most = T.Bind(_reduced("smax", T.max(bits[0], bits[1])))
+            largest = T.Bind(T.reinterpret("float32", most))
+            inverse = T.Bind(T.if_then_else(most < _LEAST, T.float32(0), T.float32(127) / largest))
+            scale = T.Bind(largest / T.float32(127))
+            whole = []
+            for index, half in enumerate(halves):
+                moved = half * b.splat(inverse) + b.splat(_MAGIC)
+                word = T.reinterpret(f"int32x{LANES}", moved) - T.reinterpret(
+                    f"int32x{LANES}", b.splat(_MAGIC)
+                )
+                whole.append(T.Bind(word))
+                code = T.Cast(f"int8x{LANES}", whole[-1])
+                b.store(codes, code, group * GROUP + index * LANES)
+            total = T.Bind(_reduced("add", whole[0] + whole[1]))
+            b.put(beside, scale, group * BESIDE)
+            if format.minimum:
+                b.put(beside, scale * T.Cast("float32", total), group * BESIDE + 1)
+            else:
+                b.put(begins, total * T.int32(-format.zero), group * BESIDE + 1)
+
+    return inner(f"quantize_for_{format.name}", (machine,), emit)
+
+
+def _reduced(how: str, vector: Expr) -> Expr:
+    return T.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.{how}.v{LANES}i32", vector)
