@@ -26,6 +26,8 @@ class Timings:
         new_tokens: Tokens of the answer. The first comes from the prompt's logits, so one less is decoded.
         decode_seconds: Evaluating and choosing all tokens after the first.
         time_to_first_token: Encoding the prompt, evaluating it and choosing the first token.
+        drafted_tokens: Tokens drafted by prompt lookup, and of these
+        accepted_tokens: those that became part of the answer.
     """
 
     prompt_tokens: int
@@ -34,6 +36,8 @@ class Timings:
     new_tokens: int
     decode_seconds: float
     time_to_first_token: float
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float:

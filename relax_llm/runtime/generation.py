@@ -12,6 +12,7 @@ from relax_llm.runtime.answer import Generation, Piece, Timings
 from relax_llm.runtime.prompting import prefill_in_chunks, prompt_ids, reuse_prefix
 from relax_llm.runtime.sampling import Sampler, SamplingOptions
 from relax_llm.runtime.sampling_options import SamplingOverrides
+from relax_llm.runtime.speculation import DEFAULT_NGRAM, PromptLookup
 from relax_llm.runtime.stopping import StopStrings, end_tokens, stop_strings
 from relax_llm.text.detokenizer import Detokenizer
 
@@ -42,6 +43,8 @@ class GenerationOptions(SamplingOverrides, total=False):
     add_special_tokens: bool
     prefill_chunk: int
     progress: Callable[[int, int], None] | None
+    prompt_lookup: int
+    prompt_lookup_ngram: int
 
 
 def stream(
@@ -55,6 +58,8 @@ def stream(
     add_special_tokens: bool = True,
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     progress: Callable[[int, int], None] | None = None,
+    prompt_lookup: int = 0,
+    prompt_lookup_ngram: int = DEFAULT_NGRAM,
     **sampling: Unpack[SamplingOverrides],
 ) -> Generator[Piece, None, None]:
     """Answer a prompt, yielding each token as it is chosen.
@@ -75,6 +80,9 @@ def stream(
         add_special_tokens: Whether text gets the tokens its model expects around it.
         prefill_chunk: How many tokens of the prompt to evaluate in one call.
         progress: Called with (tokens done, tokens to do) while the prompt is evaluated.
+        prompt_lookup: How many tokens to draft at most: what followed the last tokens once before is verified in
+            one call of the model. The answer is the one without drafts; where they agree it comes sooner. 0 is off.
+        prompt_lookup_ngram: How many of the last tokens are looked up, where they are found together.
         **sampling: `do_sample` and the fields of `SamplingOptions`: temperature, top_k, top_p, min_p,
             repetition_penalty, presence_penalty, frequency_penalty, logit_bias, seed, logprobs. What is not
             said comes from the generation config (see `SamplingOptions.from_generation_config`); where that
@@ -93,6 +101,8 @@ def stream(
     options = SamplingOptions.from_generation_config(config, **sampling)
     limit = _whole("max_new_tokens", _first(max_new_tokens, config.get("max_new_tokens"), DEFAULT_NEW_TOKENS))
     chunk = _whole("prefill_chunk", prefill_chunk)
+    drafted = _whole("prompt_lookup", prompt_lookup, least=0)
+    ngram = _whole("prompt_lookup_ngram", prompt_lookup_ngram)
     stops = stop_strings(stop, config)
     if tokenizer is None and stops:
         raise InputError("This artifact has no tokenizer, so no stop string can be found; pass stop=[].")
@@ -102,7 +112,8 @@ def stream(
     ids = prompt_ids(runner, prompt, add_special_tokens=add_special_tokens)
     sampler = Sampler(options, runner.vocab_size, ids)
     text = _AnswerText(tokenizer, ids, StopStrings(stops))
-    task = _Task(runner, ids, sampler, text, ends, limit, chunk, progress)
+    lookup = PromptLookup(runner, ids, drafted, ngram, ends) if drafted else None
+    task = _Task(runner, ids, sampler, text, ends, limit, chunk, progress, lookup)
     return _pieces(task, state, time.perf_counter() - began)
 
 
@@ -129,6 +140,7 @@ class _Task:
     limit: int
     chunk: int
     progress: Callable[[int, int], None] | None
+    lookup: PromptLookup | None
 
 
 def _pieces(task: _Task, state: CacheState | None, encoding_seconds: float) -> Generator[Piece, None, None]:
@@ -150,7 +162,10 @@ def _pieces(task: _Task, state: CacheState | None, encoding_seconds: float) -> G
         else:
             decode_seconds += now - resumed
         if reason is not None:
-            timings = Timings(len(ids), reused, prefill_seconds, count, decode_seconds, first_token_seconds)
+            drafts = (task.lookup.drafted, task.lookup.accepted) if task.lookup else ()
+            timings = Timings(
+                len(ids), reused, prefill_seconds, count, decode_seconds, first_token_seconds, *drafts
+            )
             yield Piece(text, choice.token_id, choice.logprob, choice.top, reason, timings)
             return
         evaluated = cache.length
@@ -161,7 +176,10 @@ def _pieces(task: _Task, state: CacheState | None, encoding_seconds: float) -> G
                 f"The state has {cache.length} tokens where this answer left {evaluated}: it was used for "
                 "something else between two pieces. Give that a copy of it: state.fork()."
             )
-        logits = runner.decode(cache, choice.token_id)
+        if task.lookup is None:
+            logits = runner.decode(cache, choice.token_id)
+        else:
+            logits = task.lookup.decode(cache, choice.token_id, task.limit - count)
 
 
 def _is_full(runner: LanguageModel, cache: CacheState) -> bool:
@@ -221,7 +239,7 @@ def _first(*values: int | None) -> int | None:
     return next((value for value in values if value is not None), None)
 
 
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise InputError(f"{name} is {value!r}; it must be a whole number, 1 or above.")
+def _whole(name: str, value: Any, *, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise InputError(f"{name} is {value!r}; it must be a whole number, {least} or above.")
     return int(value)

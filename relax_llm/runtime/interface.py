@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,6 +28,10 @@ class CacheState(Protocol):
 
     def truncate(self, length: int, /) -> None:
         """Cut the cache back to its first `length` tokens."""
+        ...
+
+    def restore(self, token_ids: Sequence[int], /) -> bool:
+        """Take tokens back that were cut off; False where the cache no longer has them."""
         ...
 
 
@@ -58,8 +62,10 @@ class LanguageModel(Protocol):
         """An empty state of batch 1."""
         ...
 
-    def prefill(self, state: Any, token_ids: Sequence[int], /) -> npt.NDArray[np.float32]:
-        """Append `token_ids` [seq] to the cache; logits [vocab] after the last one."""
+    def prefill(
+        self, state: Any, token_ids: Sequence[int], output: Literal["last", "all"] = "last", /
+    ) -> npt.NDArray[np.float32]:
+        """Append `token_ids` [seq] to the cache; logits after the last one [vocab], or after all [seq, vocab]."""
         ...
 
     def decode(self, state: Any, token_id: int, /) -> npt.NDArray[np.float32]:

@@ -37,6 +37,7 @@ class State:
         self._capacity = 0
         self._ids = np.empty((batch, 0), np.int32)
         self._length = 0
+        self._written = 0  # so many tokens of _ids have their keys and values in the cache, cut off or not
 
     @property
     def length(self) -> int:
@@ -84,6 +85,22 @@ class State:
             raise InputError(f"A state of {self._length} tokens cannot be cut back to {length!r}.")
         self._length = int(length)
 
+    def restore(self, token_ids: Sequence[int]) -> bool:
+        """Take tokens back that `truncate` cut off, where the cache still has their keys and values.
+
+        Args:
+            token_ids: For batch 1: the first of those that were cut off.
+
+        Returns:
+            Whether it had them; where not, nothing has changed.
+        """
+        end = self._length + len(token_ids)
+        kept = self.batch == 1 and end <= self._written
+        if not kept or not np.array_equal(self._ids[0, self._length : end], token_ids):
+            return False
+        self._length = end
+        return True
+
     def fork(self) -> "State":
         """A copy that goes its own way; the original stays as it is."""
         copy = State(self._layers, self.batch, self.context_length)
@@ -93,7 +110,7 @@ class State:
             used = -(-self._length // TILE)
             target[:, :, :used] = source[:, :, :used]
         copy._ids = self._ids.copy()
-        copy._length = self._length
+        copy._length = copy._written = self._length
         return copy
 
     def reserve(self, count: int) -> Any:
@@ -111,6 +128,7 @@ class State:
                 f"{self._length} tokens are in the cache and {count} more would exceed the model's context of "
                 f"{self.context_length} tokens; shorten the prompt, or cut the state back with truncate."
             )
+        self._written = self._length  # what comes next overwrites the rest, even if it fails
         if needed > self._capacity:
             limit = -(-self.context_length // GRANULE) * GRANULE
             self._grow(min(max(-(-needed // GRANULE) * GRANULE, 2 * self._capacity), limit))
@@ -124,7 +142,7 @@ class State:
             grown[:, : self._length] = self._ids[:, : self._length]
             self._ids = grown
         self._ids[:, self._length : end] = ids
-        self._length = end
+        self._length = self._written = end
 
     def _grow(self, capacity: int) -> None:
         tiles, used = capacity // TILE, -(-self._length // TILE)
