@@ -201,9 +201,11 @@ def listing(launch: Launch, form: str) -> str:
     """The present kernel in one of `LISTINGS`.
 
     Raises:
-        RelaxLLMError: The artifact does not have it.
+        RelaxLLMError: Nobody wrote it, or the artifact has no listings.
     """
-    found = getattr(launch, form, None)
+    found = getattr(launch, form)
     if found is None:
-        raise InputError(f"There is no {form} of {launch.kernel}.")
+        raise InputError(
+            f"Nobody wrote {launch.kernel}: the compiler made it of what a person wrote; read its tir."
+        )
     return str(found)

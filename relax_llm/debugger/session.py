@@ -103,9 +103,10 @@ class Session:
         """
         logits = self.steps.logits.astype(np.float64)
         if not np.isfinite(logits.max()):
+            bad = int((~np.isfinite(logits)).sum())
             raise InputError(
-                f"{int((~np.isfinite(logits)).sum())} of {logits.size} logits are no finite numbers, so no token is the "
-                "likeliest; `break nan` finds the first launch that computes such a thing."
+                f"{bad} of {logits.size} logits are no finite numbers, so no token is the likeliest; `break nan` finds "
+                "the first launch that computes such a thing."
             )
         shares = np.exp(logits - logits.max())
         best = np.argsort(-shares, kind="stable")[:count]
