@@ -5,7 +5,7 @@ from typing import Any
 
 from tvm.tirx import PrimFunc
 
-from relax_llm.kernels import attention, cache, lookup, norm, positions
+from relax_llm.kernels import argmax, attention, cache, lookup, norm, positions, softmax
 from relax_llm.kernels.gpu import gpu_kernel
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul.family import matmul_kernels
@@ -15,6 +15,7 @@ from relax_llm.kernels.problem import Problem
 from relax_llm.plan.kernel import Kernel
 
 _BUILD: dict[type[Problem], tuple[str, Callable[[Any, Machine], PrimFunc]]] = {
+    argmax.Argmax: ("by_lane", argmax.argmax),
     attention.Attention: ("streaming", attention.attention),
     cache.Append: ("by_position", cache.append),
     lookup.Embedding: ("by_row", lookup.embedding),
@@ -23,6 +24,7 @@ _BUILD: dict[type[Problem], tuple[str, Callable[[Any, Machine], PrimFunc]]] = {
     norm.Norm: ("by_row", norm.norm),
     positions.Positions: ("in_order", positions.positions),
     positions.RopeTable: ("by_position", positions.rope_table),
+    softmax.Softmax: ("by_piece", softmax.softmax),
 }
 """For each kind of problem the kernel that serves every size, with the operands that the model passes."""
 

@@ -27,6 +27,8 @@ AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "last_token": ("batch", "seq"),
         "positions": ("seq", "kv_len"),
         "rope_table": ("seq", "kv_len"),
+        "argmax": ("M",),
+        "softmax": ("M",),
     }
 )
 """The operators, and the sizes by which their kernels are chosen."""

@@ -4,18 +4,31 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from relax_llm.kernels.operators.append import APPEND
+from relax_llm.kernels.operators.argmax import ARGMAX
 from relax_llm.kernels.operators.attention import ATTENTION
 from relax_llm.kernels.operators.lookup import EMBEDDING, LAST_TOKEN
 from relax_llm.kernels.operators.matmul import MATMUL
 from relax_llm.kernels.operators.norm import NORM
 from relax_llm.kernels.operators.operator import Expected, Mistake, Operand, Operator
 from relax_llm.kernels.operators.positions import POSITIONS, ROPE_TABLE
+from relax_llm.kernels.operators.softmax import SOFTMAX
 from relax_llm.kernels.problem import Problem
 
 OPERATORS: Mapping[str, Operator] = MappingProxyType(
     {
         record.name: record
-        for record in (MATMUL, NORM, EMBEDDING, LAST_TOKEN, APPEND, ATTENTION, POSITIONS, ROPE_TABLE)
+        for record in (
+            MATMUL,
+            NORM,
+            EMBEDDING,
+            LAST_TOKEN,
+            APPEND,
+            ATTENTION,
+            POSITIONS,
+            ROPE_TABLE,
+            ARGMAX,
+            SOFTMAX,
+        )
     }
 )
 """All of them, by name."""
