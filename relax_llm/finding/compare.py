@@ -1,7 +1,7 @@
 """`compare`: a model beside a reference, launch by launch, in a prefill and some decodes."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,7 +99,7 @@ def _compared(
     own, held = runner.start(), runner.start()
     sites: list[SiteDifference] = []
     calls: list[CallDifference] = []
-    alone: dict[str, None] = {}
+    alone: dict[tuple[str, str], dict[str, None]] = {}
     tokens: tuple[int, ...] = work.prompt
     with progress.task("Comparing", 1 + work.decodes) as advance:
         for call in range(1 + work.decodes):
@@ -112,11 +112,10 @@ def _compared(
                 ours = walk.finish()
             sites += walk.sites
             seen = {site.index for site in walk.sites}
-            alone |= {
-                launch.site: None
-                for index, launch in enumerate(manifest.functions[function])
-                if index not in seen
-            }
+            for index, launch in enumerate(manifest.functions[function]):
+                if index not in seen:
+                    place = launch.site, manifest.kernels[launch.kernel].operator
+                    alone.setdefault(place, {})[function] = None
             calls.append(
                 CallDifference(
                     function,
@@ -135,6 +134,15 @@ def _compared(
         reference.name,
         tuple(sites),
         tuple(calls),
-        tuple(site for site in alone if site not in {found.site for found in sites}),
+        tuple(_alone(sites, alone)),
         drift(same) if bound is None else float("inf"),
     )
+
+
+def _alone(
+    sites: Sequence[SiteDifference], alone: Mapping[tuple[str, str], Mapping[str, None]]
+) -> Iterator[str]:
+    """What was not compared, by site; with the operator and the functions where others of the site were."""
+    compared = {site.site for site in sites}
+    for (site, operator), functions in alone.items():
+        yield f"{operator} at {site} in {' and '.join(functions)}" if site in compared else site

@@ -12,7 +12,7 @@ Keys and values are compared with the model's cache, and the cosines and sines w
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -99,8 +99,7 @@ class Transformer:
             if found[-1] is None and operators[at] != "append":
                 tensor = read_by(at)
                 if tensor is not None:
-                    tail = partial(_tail, function == "prefill" and operators[at] == "last_token")
-                    found[-1] = Counterpart(f"the input of {tensor[1]}", (tensor,), tail)
+                    found[-1] = Counterpart(f"the input of {tensor[1]}", (tensor,), _joined_for(launch))
         return found
 
     def run(self, function: str, token_ids: Sequence[int], receive: Receive) -> Array:
@@ -136,7 +135,7 @@ class Transformer:
         label = f"the output of {modules[0]}" + "".join(
             f" and {name.rpartition('.')[2]}" for name in modules[1:]
         )
-        return Counterpart(label, tuple(("out", name) for name in modules), _joined)
+        return Counterpart(label, tuple(("out", name) for name in modules), _joined_for(launch))
 
     def _modules_of(self, launch: Launch, operator: str) -> list[str]:
         """The modules whose weights a launch reads; none where one of them is not there."""
@@ -196,13 +195,15 @@ class Transformer:
                 hook.remove()
 
 
-def _joined(parts: Sequence[Array]) -> list[Array | None]:
-    return [np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]]
+def _joined_for(launch: Launch) -> Callable[[Sequence[Array]], list[Array | None]]:
+    """Parts side by side; of the last token alone where the launch has no more."""
+    last = launch.arguments[-1].shape[1:2] == ("1",)
 
+    def joined(parts: Sequence[Array]) -> list[Array | None]:
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        return [whole[:, -1:] if last else whole]
 
-def _tail(last: bool, parts: Sequence[Array]) -> list[Array | None]:
-    """The only part; where the launch picks the last token, that of it."""
-    return [parts[0][:, -1:] if last else parts[0]]
+    return joined
 
 
 def _table(parts: Sequence[Array]) -> list[Array | None]:

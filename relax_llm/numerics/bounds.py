@@ -15,11 +15,11 @@ UNIT = 2.0**-24
 
 FORMATS: Mapping[str, float] = {
     "f32": 0.0,
-    "f16": 2.0**-9,
-    "bf16": 2.0**-6,
-    "q8": 2.0**-4,
-    "q4": 1.0,
-    "q4s": 1.0,
+    "f16": 2.0**-10,
+    "bf16": 2.0**-7,
+    "q8": 2.0**-5,
+    "q4": 0.5,
+    "q4s": 0.5,
 }
 """What another weight format may change in a product, as a share of its row.
 
@@ -30,7 +30,7 @@ step of the format against a typical weight, six standard deviations of it, what
 LOGITS = 1e-2
 """How far logits may have drifted at the end, where weights are the same, without any site being out of its bound."""
 
-_GATED = 8.0  # A product's largest result is smaller than the product of its factors' largest.
+_GATED = 4.0  # A product's largest result is smaller than the product of its factors' largest.
 _SCORE = 16.0  # Magnitude of the terms of an attention score: what is missed of it is missed in the exponent.
 _TABLE = 6e-7  # Twice the error of a float32 cosine.
 
