@@ -26,6 +26,8 @@ def write_page(path: Path, manifest: Manifest, function: str, file: Path, trace:
         InputError: There is no such function, the trace is not of it, or the file cannot be written.
         ArtifactError: The library cannot be loaded here.
     """
+    if not file.parent.is_dir():
+        raise InputError(f"{file} cannot be written: there is no directory {file.parent}.")
     artifact = Artifact(path, manifest)
     traced = None if trace is None else Trace.read(trace)
     text = page(graph_of(artifact, function), artifact, traced)

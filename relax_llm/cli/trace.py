@@ -1,5 +1,6 @@
 """`relax-llm trace`: run a prompt and say where the time went, launch by launch."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -145,9 +146,11 @@ def _run(
 
 
 def _show(traced: "Trace", *, sites: bool) -> None:
+    from rich.text import Text
+
     from relax_llm.tracing.summary import headline, tables as summary
 
-    screen.write(f"{headline(traced)}\n")
+    screen.console(sys.stdout).print(Text(headline(traced)))
     for table in summary(traced, every_site=sites):
         screen.write("\n")
         _print(table)

@@ -54,6 +54,7 @@ def page(graph: Graph, artifact: Artifact, trace: Trace | None = None) -> str:
 
 def page_data(graph: Graph, artifact: Artifact, trace: Trace | None = None) -> dict[str, Any]:
     """What the page's script is given; raises as `page` does."""
+    traced = None if trace is None else times(graph, trace)
     found, own = choices(graph, artifact)
     functions, refusal = _functions(graph, artifact)
     return {
@@ -61,7 +62,7 @@ def page_data(graph: Graph, artifact: Artifact, trace: Trace | None = None) -> d
         "parts": [{"layer": layer, "nodes": [node.index for node in nodes]} for layer, nodes in graph.parts],
         "choices": found,
         "own": own,
-        "times": None if trace is None else times(graph, trace),
+        "times": traced,
         "limits": None if trace is None else str(trace.limits),
         "functions": functions,
         "no_listings": refusal,
