@@ -1,6 +1,7 @@
 """The matmul kernels that ship, as records like a user's own."""
 
 from collections.abc import Callable
+from functools import partial
 
 from relax_llm.formats import FORMATS
 from relax_llm.kernels.machine import Machine
@@ -16,6 +17,9 @@ from relax_llm.plan.sizes import Box
 
 _PACKED = frozenset(FORMATS)
 _ALL = frozenset({"bias", "activation", "gate", "residual"})
+_MANY_ROWS = (
+    9  # from which on activations of one byte pay; with fewer, reading the weight is most of the time
+)
 _FEW_ROWS = 6  # up to which a dot product for each output beats transposing the weight first
 
 
@@ -47,16 +51,20 @@ def matmul_kernels(machine: Machine) -> list[Kernel]:
             weights=_PACKED,
             cost=blocked_cost(machine),
         ),
-        Kernel(
-            "integer",
-            "matmul",
-            "primfunc",
-            make(integer),
-            layout="tiled",
-            absorbs=_ALL,
-            features=FEATURES,
-            weights=FORMATS_READ,
-            cost=integer_cost,
+        *(
+            Kernel(
+                name,
+                "matmul",
+                "primfunc",
+                make(partial(integer, planes=planes)),
+                sizes=Box.of(M=(first, None)),
+                layout="tiled",
+                absorbs=_ALL,
+                features=FEATURES,
+                weights=FORMATS_READ,
+                cost=integer_cost(planes),
+            )
+            for name, planes, first in (("integer16", 2, 1), ("integer8", 1, _MANY_ROWS))
         ),
         Kernel(
             "plain_panels", "matmul", "primfunc", make(plain_panels), sizes=Box.of(M=(_FEW_ROWS + 1, None))

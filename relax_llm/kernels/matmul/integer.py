@@ -1,6 +1,6 @@
 """Products of quantized weights and quantized activations, in integers: `vpdpbusd` multiplies and adds four of each."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from tvm import ir
@@ -17,7 +17,7 @@ from relax_llm.kernels.layout import TiledGroups
 from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.matmul.operands import Operands, Sums, write
 from relax_llm.kernels.matmul.problem import Matmul
-from relax_llm.kernels.matmul.quantize import BESIDE, GROUP, QUADS, quantize
+from relax_llm.kernels.matmul.quantize import BESIDE, GROUP, PLANES, QUADS, quantize
 from relax_llm.plan.kernel import Declined
 
 FEATURES = frozenset({"avx512_vnni"})
@@ -36,18 +36,19 @@ _MEMORY = 25e9  # bytes a second that a core reads
 _PRODUCTS = 200e9  # multiply-adds a second of a core
 
 
-def integer(problem: Matmul, machine: Machine) -> PrimFunc:
-    """The product over groups of int8 activations, x [M, K].
+def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
+    """The product over groups of integers of one or two bytes for activations, x [M, K].
 
     First x is quantized, for all tasks: `quantize`. Then each task has a panel of the weight and a block of rows. Every
     group is summed in integers, exactly; the sums of groups are multiplied by the two scales and added in f32, in
     ascending order, so that a row's result depends neither on the rows beside it nor on how the work was cut.
 
     Raises:
-        Declined: The problem wants its activations as they are.
+        Declined: The problem does not allow to round its activations so.
     """
-    if problem.activations != "int8":
-        raise Declined("multiplies activations in int8, and the problem is to take them as they are")
+    if PLANES.get(problem.activations or "", 3) > planes:
+        wanted = problem.activations or "f32"
+        raise Declined(f"rounds activations to int{8 * planes}, and the problem wants them in {wanted}")
     k = problem.k
 
     def emit() -> None:
@@ -56,9 +57,10 @@ def integer(problem: Matmul, machine: Machine) -> PrimFunc:
         assert isinstance(layout, TiledGroups)
         m, x, cols = operands.m, operands.x, operands.tile.cols
         groups, rest = layout.blocks.groups(k), k % GROUP
-        codes = b.view(T.alloc_buffer((m * groups * GROUP,), "int8"), (m, groups * GROUP), "int8")
+        width = planes * GROUP
+        codes = b.view(T.alloc_buffer((m * groups * width,), "int8"), (m, groups * width), "int8")
         beside = b.view(T.alloc_buffer((m * groups * BESIDE,), "float32"), (m, groups * BESIDE))
-        encode = quantize(layout.blocks, machine)
+        encode = quantize(layout.blocks, planes, machine)
 
         def row_task(row: Expr) -> None:
             if k >= GROUP:
@@ -78,7 +80,7 @@ def integer(problem: Matmul, machine: Machine) -> PrimFunc:
                 b.call(
                     encode,
                     T.address_of(last[0]),
-                    T.address_of(codes[row, k - rest]),
+                    T.address_of(codes[row, (groups - 1) * width]),
                     T.address_of(beside[row, (groups - 1) * BESIDE]),
                     T.int64(1),
                 )
@@ -105,9 +107,9 @@ def integer(problem: Matmul, machine: Machine) -> PrimFunc:
                 sums = operands.in_place(first, panel) if kept is None else Sums(kept, (at, T.int64(0)), cols)
                 begin = b.let("begin", part * _PART)
                 b.call(
-                    multiply_integers(layout, machine),
+                    multiply_integers(layout, planes, machine),
                     height,
-                    T.address_of(codes[first, begin * GROUP]),
+                    T.address_of(codes[first, begin * width]),
                     T.address_of(beside[first, begin * BESIDE]),
                     T.address_of(
                         operands.weight[panel * operands.panel_words + begin * (layout.group_bytes // 4)]
@@ -124,14 +126,14 @@ def integer(problem: Matmul, machine: Machine) -> PrimFunc:
 
         b.tasks(blocks * operands.panels, task, name="panel")
 
-    return b.prim_func(f"integer__{problem.name}", emit)
+    return b.prim_func(f"integer{8 * planes}__{problem.name}", emit)
 
 
 _POINTERS = (("codes", "int8"), ("beside", "float32"), ("weight", "float32"), ("sums", "float32"))
 _NUMBERS = ("apart", "apart_groups", "groups", "carry")
 
 
-def multiply_integers(layout: TiledGroups, machine: Machine) -> ir.GlobalVar:
+def multiply_integers(layout: TiledGroups, planes: int, machine: Machine) -> ir.GlobalVar:
     """The function that adds a tile of products of integers to sums, over some groups.
 
     ::
@@ -149,12 +151,12 @@ def multiply_integers(layout: TiledGroups, machine: Machine) -> ir.GlobalVar:
         given = [pointer(name, dtype) for name, dtype in _POINTERS] + [number(name) for name in _NUMBERS]
         for rows in range(1, _ROWS + 1):
             with b.when(height == rows):
-                b.call(_tile(layout, rows, machine), *given)
+                b.call(_tile(layout, planes, rows, machine), *given)
 
-    return inner(f"multiply_integers_{layout.name}", (machine,), emit)
+    return inner(f"multiply_int{8 * planes}_{layout.name}", (machine,), emit)
 
 
-def _tile(layout: TiledGroups, rows: int, machine: Machine) -> ir.GlobalVar:
+def _tile(layout: TiledGroups, planes: int, rows: int, machine: Machine) -> ir.GlobalVar:
     """The function for one height, without that argument."""
     format, cols = layout.blocks, layout.cols
     group_bytes, lines = layout.group_bytes, -(-layout.group_bytes // _LINE)
@@ -179,13 +181,18 @@ def _tile(layout: TiledGroups, rows: int, machine: Machine) -> ir.GlobalVar:
         with T.serial(groups) as group:
             for line in range(lines):
                 b.prefetch(ahead, (group * group_bytes + _AHEAD + line * _LINE) // 4)
-            for row, index, _, lanes in products:
-                start = T.int32(0)
-                if not format.minimum:
-                    start = begins[(row * apart_groups + group) * BESIDE + 1]
-                products.set(row, index, T.broadcast(start, lanes))
-            for index, (column, _) in enumerate(b.chunks(cols)):
-                _add_group(products, index, layout, words, quads, group, column, apart_groups, rows)
+            for plane in range(planes):
+                for row, index, _, lanes in products:
+                    start = T.int32(0)
+                    if not format.minimum and plane == planes - 1:
+                        start = begins[(row * apart_groups + group) * BESIDE + 1]
+                    value = T.broadcast(start, lanes)
+                    if plane:
+                        value = T.shift_left(products.get(row, index), T.broadcast(T.int32(8), lanes)) + value
+                    products.set(row, index, value)
+                for index, (column, _) in enumerate(b.chunks(cols)):
+                    quad_at = [((row * apart_groups + group) * planes + plane) * QUADS for row in range(rows)]
+                    _add_group(products, index, layout, words, quads, group, column, quad_at)
             for index, (column, lanes) in enumerate(b.chunks(cols)):
                 at = group * (group_bytes // 2) + layout.code_bytes // 2 + column
                 scale = T.Bind(from_f16(b.load(halves, at, lanes=lanes), lanes, machine))
@@ -202,7 +209,7 @@ def _tile(layout: TiledGroups, rows: int, machine: Machine) -> ir.GlobalVar:
         for row, index, column, lanes in acc:
             b.store(sums, acc.get(row, index), row * apart + column, lanes=lanes)
 
-    return inner(f"multiply_integers_{layout.name}_rows{rows}", (machine,), emit)
+    return inner(f"multiply_int{8 * planes}_{layout.name}_rows{rows}", (machine,), emit)
 
 
 def _add_group(
@@ -213,10 +220,9 @@ def _add_group(
     quads: Expr,
     group: Expr,
     column: int,
-    apart_groups: Expr,
-    rows: int,
+    first: Sequence[Expr],
 ) -> None:
-    """Add a group of a vector of columns to the products of every row."""
+    """Add a group of a vector of columns to the products of every row, whose quads begin at `first`."""
     format = layout.blocks
     stored = format.code_bytes // 4  # quads that lie in memory; of 4 bits, each has two
     for at in range(stored):
@@ -230,8 +236,8 @@ def _add_group(
                 (at + stored, T.Bind(T.bitwise_and(high, nibbles))),
             ]
         for quad, weights in vectors:
-            for row in range(rows):
-                four = quads[(row * apart_groups + group) * QUADS + quad]
+            for row, start in enumerate(first):
+                four = quads[start + quad]
                 products.set(row, index, _dot(products.get(row, index), weights, T.broadcast(four, LANES)))
 
 
@@ -247,8 +253,12 @@ def _dot(total: Expr, weights: Expr, activations: Expr) -> Expr:
     )
 
 
-def integer_cost(problem: Matmul, sizes: Mapping[str, int]) -> float:
+def integer_cost(planes: int) -> Callable[[Matmul, Mapping[str, int]], float]:
     """Seconds of a launch: reading the weight, or multiplying, both of which were measured."""
-    memory = FORMATS[problem.weight_format].nbytes(problem.n, problem.k) / _MEMORY
-    products = problem.n * problem.k * sizes["M"] / _PRODUCTS
-    return 1e-6 + max(memory, products) / max(1, cpu.cores())
+
+    def cost(problem: Matmul, sizes: Mapping[str, int]) -> float:
+        memory = FORMATS[problem.weight_format].nbytes(problem.n, problem.k) / _MEMORY
+        products = planes * problem.n * problem.k * sizes["M"] / _PRODUCTS
+        return 1e-6 + max(memory, products) / max(1, cpu.cores())
+
+    return cost

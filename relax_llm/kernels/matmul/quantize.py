@@ -1,7 +1,8 @@
-"""Activations in int8: each row of x in groups of 32, with a scale for each, made anew in every launch.
+"""Activations as integers: each row of x in groups of 32, with a scale for each, made anew in every launch.
 
-A group is divided by a 127th of its largest magnitude and rounded. What a product needs beside the codes lies with
-them: the scale, and the sum of the codes for weights whose codes do not begin at zero.
+A group is divided by its largest magnitude and multiplied by the largest code, 127 in int8; or 127 * 256, where a code
+has two bytes, in int16. What a product needs beside the codes lies with them: the scale, and the sum of the codes for
+weights whose codes do not begin at zero.
 """
 
 from tvm import ir
@@ -20,23 +21,31 @@ QUADS = GROUP // 4
 BESIDE = 2
 """f32 beside the codes of a group: the scale, and what the sum of the codes is good for (see `quantize`)."""
 
+PLANES = {"int8": 1, "int16": 2}
+"""Bytes of a code, by what a problem allows."""
+
+MOST = {1: 127, 2: 127 << 8}
+"""The largest code, by its bytes."""
+
 _MAGIC = 12582912.0  # 1.5 * 2**23: added to a small number, it leaves the number rounded in the lowest bits
 _LEAST = 7 << 23  # the bits of 2**-120: what is smaller has no inverse, and counts as 0
 _FAR = 1 << 20
 
 
-def quantize(format: Blocks, machine: Machine) -> ir.GlobalVar:
+def quantize(format: Blocks, planes: int, machine: Machine) -> ir.GlobalVar:
     """The function that quantizes groups that lie one after the other.
 
     ::
 
         quantize(x, codes, beside, groups)
 
-    `x` is the address of f32 [groups, 32]; `codes` that of int8 [groups, 32]; `beside` that of f32 [groups, 2]: the
-    scale and, where the format has minimums, the scale times the sum of the codes. Where it has none it is the sum of
-    the codes times that of zero, negative, as an int32: what a sum of products of unsigned codes begins with. A group
-    with a number that is not finite has a scale that is not.
+    `x` is the address of f32 [groups, 32]; `codes` that of int8 [groups, planes, 32], where a code is 256 times the
+    first plane plus the second, if there are two; `beside` that of f32 [groups, 2]: the scale and, where the format has
+    minimums, the scale times the sum of the codes. Where it has none it is the sum of the codes times that of zero,
+    negative, as an int32: what a sum of products of unsigned codes begins with. A group with a number that is not
+    finite has a scale that is not.
     """
+    most = float(MOST[planes])
 
     def emit() -> None:
         x_at, codes_at, beside_at = pointer("x"), pointer("codes", "int8"), pointer("beside")
@@ -46,21 +55,25 @@ def quantize(format: Blocks, machine: Machine) -> ir.GlobalVar:
         magnitude = T.broadcast(T.int32(0x7FFFFFFF), LANES)
         with T.serial(groups) as group:
             halves = [T.Bind(b.load(x, group * GROUP + start)) for start in range(0, GROUP, LANES)]
-            bits = [T.bitwise_and(T.reinterpret(f"int32x{LANES}", half), magnitude) for half in halves]
+            bits = [T.bitwise_and(_as_integers(half), magnitude) for half in halves]
             # As integers: these are in the order of the magnitudes, and NaN is larger than all.
-            most = T.Bind(_reduced("smax", T.max(bits[0], bits[1])))
-            largest = T.Bind(T.reinterpret("float32", most))
-            inverse = T.Bind(T.if_then_else(most < _LEAST, T.float32(0), T.float32(127) / largest))
-            scale = T.Bind(largest / T.float32(127))
+            word = T.Bind(_reduced("smax", T.max(bits[0], bits[1])))
+            largest = T.Bind(T.reinterpret("float32", word))
+            inverse = T.Bind(T.if_then_else(word < _LEAST, T.float32(0), T.float32(most) / largest))
+            scale = T.Bind(largest / T.float32(most))
             whole = []
             for index, half in enumerate(halves):
-                moved = half * b.splat(inverse) + b.splat(_MAGIC)
-                word = T.reinterpret(f"int32x{LANES}", moved) - T.reinterpret(
-                    f"int32x{LANES}", b.splat(_MAGIC)
+                moved = _as_integers(half * b.splat(inverse) + b.splat(_MAGIC)) - _as_integers(
+                    b.splat(_MAGIC)
                 )
-                whole.append(T.Bind(word))
-                code = T.Cast(f"int8x{LANES}", whole[-1])
-                b.store(codes, code, group * GROUP + index * LANES)
+                whole.append(T.Bind(moved))
+                parts = [whole[-1]]
+                if planes == 2:
+                    high = T.Bind(_shifted(T.shift_right, whole[-1] + T.broadcast(T.int32(128), LANES)))
+                    parts = [high, whole[-1] - _shifted(T.shift_left, high)]
+                for plane, part in enumerate(parts):
+                    at = (group * planes + plane) * GROUP + index * LANES
+                    b.store(codes, T.Cast(f"int8x{LANES}", part), at)
             total = T.Bind(_reduced("add", whole[0] + whole[1]))
             b.put(beside, scale, group * BESIDE)
             if format.minimum:
@@ -68,7 +81,17 @@ def quantize(format: Blocks, machine: Machine) -> ir.GlobalVar:
             else:
                 b.put(begins, total * T.int32(-format.zero), group * BESIDE + 1)
 
-    return inner(f"quantize_for_{format.name}", (machine,), emit)
+    return inner(f"quantize_int{8 * planes}_for_{format.name}", (machine,), emit)
+
+
+def _as_integers(vector: Expr) -> Expr:
+    """The bits of a vector of f32."""
+    return T.reinterpret(f"int32x{LANES}", vector)
+
+
+def _shifted(shift: Expr, vector: Expr) -> Expr:
+    """A vector of int32, shifted by a byte."""
+    return shift(vector, T.broadcast(T.int32(8), LANES))
 
 
 def _reduced(how: str, vector: Expr) -> Expr:

@@ -12,7 +12,7 @@ from relax_llm.formats import FORMATS, Blocks, Format
 from relax_llm.formats.blocks import Parts
 from relax_llm.kernels.layout import Layout, Plain
 from relax_llm.kernels.matmul.problem import Matmul, arguments, definition, reference
-from relax_llm.kernels.matmul.quantize import GROUP
+from relax_llm.kernels.matmul.quantize import GROUP, MOST, PLANES
 from relax_llm.kernels.operators.operator import (
     UNIT,
     Array,
@@ -70,8 +70,8 @@ def _reals(problem: Matmul, rows: int, rng: np.random.Generator) -> dict[str, Ar
 def _integers(problem: Matmul, rows: int, rng: np.random.Generator) -> dict[str, Array]:
     """Integers other than 0, the weight, bias and residual times a power of two: every sum of them is exact.
 
-    No sum reaches 2**24: products stay below 2**23, and bias and residual below 2**22 each. Where activations may be of
-    int8, each group has a 127, so that they are integers then, too.
+    No sum reaches 2**24: products stay below 2**23, and bias and residual below 2**22 each. Where activations may be
+    rounded, each group has a 127, so that they are integers then, too.
     """
     largest = min(_LARGEST, math.isqrt(2**23 // problem.k))
     typical = largest * (largest + 1) / 3 * math.sqrt(problem.k)
@@ -83,7 +83,7 @@ def _integers(problem: Matmul, rows: int, rng: np.random.Generator) -> dict[str,
 
     limits = {"x": largest, "weight": largest, "bias": 2**shift, "residual": 2**shift}
     made = {name: draw(shape, limits[name]) for name, shape in _shapes(problem, rows)}
-    if problem.activations == "int8":
+    if problem.activations:
         made["x"][:, ::GROUP] = np.copysign(127, made["x"][:, ::GROUP])
     for name in made.keys() - {"x"}:
         made[name] *= np.float32(2.0**-shift)
@@ -135,7 +135,7 @@ def bounded(problem: Matmul, values: Mapping[str, Array], *, exact: bool) -> tup
     the error |a| d(b) + |b| d(a) + d(a) d(b) and a rounding. A residual may be where the sum starts from or be added
     last: g + 2 roundings of its size, and one of the result's.
 
-    Where the problem allows activations of int8, each may be off by half a 127th of the largest magnitude of its group.
+    Where the problem allows activations in integers, each may be off by half a step of its group's.
 
     Args:
         problem: What to compute.
@@ -156,8 +156,8 @@ def bounded(problem: Matmul, values: Mapping[str, Array], *, exact: bool) -> tup
         error = np.zeros_like(total)
     else:
         error = roundings * u * reference(linear, {name: np.abs(array) for name, array in outer.items()})
-    if problem.activations == "int8" and not exact:
-        step = _largest_of_groups(values["x"]) / 254
+    if problem.activations and not exact:
+        step = _largest_of_groups(values["x"]) / (2 * MOST[PLANES[problem.activations]])
         error = error + 1.001 * step @ np.abs(values["weight"].astype(np.float64)).T
     half = problem.outputs
     value, bound = total[:, :half], error[:, :half]
