@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import relax_llm as rl
+from relax_llm.plan.plan import Plan, Range
+from relax_llm.plan.sizes import Box
 from relax_llm.runtime.launch import Launch
 from tests.artifact.checkpoints import GPT2, LLAMA
 
@@ -66,6 +69,17 @@ KERNELS = [right, also_right, wrong]
 GOOD = {"layers.*": "right"}
 BAD = {"layers.*": "also_right", GUILTY: "wrong"}
 WORSE = {**BAD, ALSO_GUILTY: "wrong"}
+
+
+def bad_plan(own: Plan) -> Plan:
+    """`WORSE` for 11 rows and more, as a plan."""
+    entries = []
+    for entry in own.entries:
+        if entry.sites[0].endswith("down_proj"):
+            above = "wrong" if GUILTY in entry.sites else "also_right"
+            parts = (Range(Box.of(M=(1, 10)), "right"), Range(Box.of(M=(11, None)), above))
+            entries.append(replace(entry, ranges=parts))
+    return replace(own, entries=tuple(entries))
 
 
 @contextmanager

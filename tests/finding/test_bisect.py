@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +13,7 @@ import pytest
 import relax_llm as rl
 from relax_llm.errors import InputError, PlanError
 from relax_llm.finding.ddmin import minimal
-from relax_llm.plan.plan import Range
-from relax_llm.plan.sizes import Box
-from tests.finding.planting import ALSO_GUILTY, BAD, DOWN, GOOD, GUILTY, LAYERS, UNTRIED, WORSE
+from tests.finding.planting import ALSO_GUILTY, BAD, DOWN, GOOD, GUILTY, LAYERS, UNTRIED, WORSE, bad_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,15 +91,8 @@ def test_two_that_are_guilty_only_together(runner: rl.Runner) -> None:
 
 
 def test_plans_as_data_and_as_files(runner: rl.Runner, planted: rl.Artifact, tmp_path: Path) -> None:
-    """One plan for all sizes, of which some are served as before."""
-    own = planted.plan
-    entries = []
-    for entry in own.entries:
-        if entry.sites[0].endswith("down_proj"):
-            above = "wrong" if GUILTY in entry.sites else "also_right"
-            parts = (Range(Box.of(M=(1, 10)), "right"), Range(Box.of(M=(11, None)), above))
-            entries.append(replace(entry, ranges=parts))
-    bad = replace(own, entries=tuple(entries))
+    """Some sizes are served as the good plan has it."""
+    bad = bad_plan(planted.plan)
     (tmp_path / "bad.json").write_text(bad.to_json())
     for plan in (bad, tmp_path / "bad.json"):
         found = rl.bisect(runner, good=GOOD, bad=plan, length=UNTRIED, decodes=1)
