@@ -1,4 +1,4 @@
-"""A graph as plain data, for JSON and for the page. docs/graph.md says what each field is."""
+"""A graph as plain data, for JSON and for the page. docs/tracing.md says what each field is."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -29,6 +29,7 @@ from relax_llm.runtime.program import (
 from relax_llm.tracing.limits import Limits
 from relax_llm.tracing.trace import Trace
 from tests.artifact.checkpoints import GPT2, write
+from tests.docs.markdown import ROOT
 from tests.runtime import dispatching
 from tests.tracing.traces import HOSTILE
 
@@ -210,6 +211,13 @@ def test_traces_of_something_else(runner: rl.Runner, gpt2: rl.Runner, trace: Tra
 def test_data_is_json_of_the_documented_fields(runner: rl.Runner) -> None:
     found = graph_of(runner.artifact, "decode")
     data = json.loads(json.dumps(as_data(found, runner.artifact), allow_nan=False))
+    for title, fields in (
+        ("field of `graph`", data),
+        ("field of a node", data["nodes"][0]),
+        ("field of an edge", data["edges"][0]),
+    ):
+        table = (ROOT / "docs" / "tracing.md").read_text(encoding="utf-8").partition(f"| {title} |")[2]
+        assert re.findall(r"^\| `(\w+)` \|", table.partition("\n\n")[0], re.MULTILINE) == list(fields)
     assert data["function"] == "decode"
     launches = runner.artifact.manifest.functions["decode"]
     assert [(node["index"], node["site"], node["symbol"]) for node in data["nodes"]] == [
