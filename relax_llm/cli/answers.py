@@ -86,11 +86,14 @@ def show_timings(timings: "Timings", finish_reason: str) -> None:
     """Print what an answer cost, on standard error."""
     count = max(len(str(timings.prompt_tokens)), len(str(timings.new_tokens)))
     cached = f" ({timings.reused_tokens} in the cache)" if timings.reused_tokens else ""
+    drafts = f"  {timings.accepted_tokens} of {timings.drafted_tokens} drafts kept" * bool(
+        timings.drafted_tokens
+    )
     screen.hint(
         f"prompt  {_tokens(timings.prompt_tokens, count)}{cached}  "
         f"{timings.prefill_tokens_per_second:.1f} tokens/s  first token after {timings.time_to_first_token:.2f} s\n"
         f"answer  {_tokens(timings.new_tokens, count)}  "
-        f"{timings.decode_tokens_per_second:.1f} tokens/s  {_ENDINGS[finish_reason]}"
+        f"{timings.decode_tokens_per_second:.1f} tokens/s  {_ENDINGS[finish_reason]}{drafts}"
     )
 
 

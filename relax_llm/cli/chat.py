@@ -44,6 +44,8 @@ def chat(
     max_new_tokens: o.MaxNewTokens = None,
     stop: o.Stop = None,
     stop_token: o.StopToken = None,
+    prompt_lookup: o.PromptLookup = None,
+    prompt_lookup_ngram: o.PromptLookupNgram = None,
     timings: Annotated[
         bool, typer.Option("--timings", help="Print what each answer cost.", rich_help_panel="Output")
     ] = False,
@@ -70,6 +72,8 @@ def chat(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         seed=seed,
+        prompt_lookup=prompt_lookup,
+        prompt_lookup_ngram=prompt_lookup_ngram,
     )
     model = named_or_default(model_name or model)
     artifact = open_artifact(

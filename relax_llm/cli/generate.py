@@ -38,6 +38,8 @@ def generate(
     max_new_tokens: o.MaxNewTokens = None,
     stop: o.Stop = None,
     stop_token: o.StopToken = None,
+    prompt_lookup: o.PromptLookup = None,
+    prompt_lookup_ngram: o.PromptLookupNgram = None,
     ids: Annotated[bool, typer.Option("--ids", help="PROMPT is token ids, such as '1, 2, 3'.")] = False,
     logprobs: Annotated[
         int | None,
@@ -79,6 +81,8 @@ def generate(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         seed=seed,
+        prompt_lookup=prompt_lookup,
+        prompt_lookup_ngram=prompt_lookup_ngram,
         logprobs=logprobs,
     )
     if prompt == "-":

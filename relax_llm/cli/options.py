@@ -8,7 +8,8 @@ import typer
 
 from relax_llm.errors import InputError
 
-_MODEL, _SAMPLING, _LENGTH, _OUTPUT = "Model", "Choosing tokens", "Ending the answer", "Output"
+_MODEL, _SAMPLING, _LENGTH = "Model", "Choosing tokens", "Ending the answer"
+_DRAFTS, _OUTPUT = "Drafting tokens", "Output"
 
 Model = Annotated[
     str | None,
@@ -158,6 +159,24 @@ StopToken = Annotated[
         rich_help_panel=_LENGTH,
     ),
 ]
+PromptLookup = Annotated[
+    int | None,
+    typer.Option(
+        "--prompt-lookup",
+        metavar="N",
+        help="Draft up to N tokens that followed the last ones before; the answer stays the same.",
+        rich_help_panel=_DRAFTS,
+    ),
+]
+PromptLookupNgram = Annotated[
+    int | None,
+    typer.Option(
+        "--prompt-lookup-ngram",
+        metavar="N",
+        help="Look up the last N tokens, or fewer; by default 3.",
+        rich_help_panel=_DRAFTS,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.", rich_help_panel=_OUTPUT)]
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of what goes wrong.", rich_help_panel=_OUTPUT)
@@ -170,6 +189,8 @@ def generation_options(
     stop: Iterable[str] | None,
     stop_token: Iterable[int] | None,
     logit_bias: Iterable[str] | None,
+    prompt_lookup: int | None,
+    prompt_lookup_ngram: int | None,
     **sampling: Any,
 ) -> dict[str, Any]:
     """The keywords of `Runner.stream`, checked now: a mistake must not come out after a minute of compiling.
@@ -187,6 +208,16 @@ def generation_options(
         if max_new_tokens < 1:
             raise InputError(f"--max-new-tokens is {max_new_tokens}; it must be 1 or above.")
         options["max_new_tokens"] = max_new_tokens
+    if prompt_lookup is not None:
+        if prompt_lookup < 0:
+            raise InputError(f"--prompt-lookup is {prompt_lookup}; it must be 0 (off) or above.")
+        options["prompt_lookup"] = prompt_lookup
+    if prompt_lookup_ngram is not None:
+        if prompt_lookup_ngram < 1:
+            raise InputError(f"--prompt-lookup-ngram is {prompt_lookup_ngram}; it must be 1 or above.")
+        if not prompt_lookup:
+            raise InputError("--prompt-lookup-ngram says how drafts are found; add --prompt-lookup N.")
+        options["prompt_lookup_ngram"] = prompt_lookup_ngram
     if stop:
         StopStrings(list(stop))
         options["stop"] = list(stop)

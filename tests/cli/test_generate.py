@@ -126,6 +126,12 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["-n", "12"], {"max_new_tokens": 12}),
     (["--max-new-tokens", "13"], {"max_new_tokens": 13}),
     (["--logprobs", "2"], {"logprobs": 2}),
+    (["--prompt-lookup", "8"], {"prompt_lookup": 8}),
+    (["--prompt-lookup", "0"], {"prompt_lookup": 0}),
+    (
+        ["--prompt-lookup", "8", "--prompt-lookup-ngram", "2"],
+        {"prompt_lookup": 8, "prompt_lookup_ngram": 2},
+    ),
     ([], {}),
 ]
 

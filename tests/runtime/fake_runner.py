@@ -48,6 +48,7 @@ class FakeState:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.hidden: list[npt.NDArray[np.float64]] = []
+        self.cut: list[tuple[int, npt.NDArray[np.float64]]] = []
 
     @property
     def length(self) -> int:
@@ -56,7 +57,17 @@ class FakeState:
     def truncate(self, length: int) -> None:
         if not 0 <= length <= self.length:
             raise InputError(f"cannot cut {self.length} tokens to {length}")
+        self.cut = [*zip(self.tokens[length:], self.hidden[length:], strict=True), *self.cut]
         del self.tokens[length:], self.hidden[length:]
+
+    def restore(self, token_ids: Sequence[int]) -> bool:
+        count = len(token_ids)
+        if [token_id for token_id, _ in self.cut[:count]] != list(token_ids):
+            return False
+        self.tokens += token_ids
+        self.hidden += [hidden for _, hidden in self.cut[:count]]
+        del self.cut[:count]
+        return True
 
     def fork(self) -> FakeState:
         return copy.deepcopy(self)
@@ -92,19 +103,23 @@ class FakeRunner:
     def start(self) -> FakeState:
         return FakeState()
 
-    def prefill(self, state: FakeState, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    def prefill(
+        self, state: FakeState, token_ids: Sequence[int], output: str = "last"
+    ) -> npt.NDArray[np.float32]:
         if len(state.tokens) + len(token_ids) > self.context_length:
             raise ContextLengthError("the cache is full")
         assert len(token_ids) > 0
         self.evaluated.append(len(token_ids))
+        state.cut.clear()
+        logits = []
         for token_id in token_ids:
             before = state.hidden[-1] if state.hidden else np.zeros(16)
             state.hidden.append(np.tanh(self._recurrent @ before + self._embedding[token_id]))
             state.tokens.append(token_id)
-        logits = (self._head @ state.hidden[-1]).astype(np.float32)
-        if self.says is not None:
-            logits[self.says(state.tokens)] += 100
-        return logits
+            logits.append((self._head @ state.hidden[-1]).astype(np.float32))
+            if self.says is not None:
+                logits[-1][self.says(state.tokens)] += 100
+        return np.stack(logits) if output == "all" else logits[-1]
 
     def decode(self, state: FakeState, token_id: int) -> npt.NDArray[np.float32]:
         return self.prefill(state, [token_id])

@@ -162,10 +162,10 @@ def test_an_error_in_the_model_keeps_what_was_said(error: type[BaseException], p
     class Failing(FakeRunner):
         fails = False
 
-        def prefill(self, state: FakeState, token_ids: Sequence[int]) -> Any:
+        def prefill(self, state: FakeState, token_ids: Sequence[int], output: str = "last") -> Any:
             if self.fails and (position == "prompt" or TOKENIZER.decode(state.tokens).endswith("[hel")):
                 raise error("stopped")
-            return super().prefill(state, token_ids)
+            return super().prefill(state, token_ids, output)
 
     runner = Failing(tokenizer=TOKENIZER, says=echo)
     chat = Chat(runner)

@@ -376,8 +376,8 @@ def test_a_state_used_between_two_pieces_is_noticed() -> None:
 
 def test_nan_stops_with_a_sentence() -> None:
     class Broken(FakeRunner):
-        def prefill(self, state: FakeState, token_ids: Sequence[int]) -> Any:
-            logits = super().prefill(state, token_ids)
+        def prefill(self, state: FakeState, token_ids: Sequence[int], output: str = "last") -> Any:
+            logits = super().prefill(state, token_ids, output)
             if state.length == 4:
                 logits[100] = np.nan
             return logits
@@ -393,9 +393,9 @@ def test_timings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("relax_llm.runtime.generation.time.perf_counter", lambda: now[0])
 
     class Slow(FakeRunner):
-        def prefill(self, state: FakeState, token_ids: Sequence[int]) -> Any:
+        def prefill(self, state: FakeState, token_ids: Sequence[int], output: str = "last") -> Any:
             now[0] += len(token_ids)
-            return super().prefill(state, token_ids)
+            return super().prefill(state, token_ids, output)
 
     runner = Slow()
     state = runner.start()
@@ -436,6 +436,9 @@ WRONG: list[tuple[Any, dict[str, Any], type[InputError], str]] = [
     ("x", {"max_new_tokens": 2.5}, InputError, "max_new_tokens is 2.5"),
     ("x", {"max_new_tokens": True}, InputError, "max_new_tokens is True"),
     ("x", {"prefill_chunk": 0}, InputError, "prefill_chunk is 0"),
+    ("x", {"prompt_lookup": -1}, InputError, "prompt_lookup is -1; it must be a whole number, 0 or above"),
+    ("x", {"prompt_lookup": True}, InputError, "prompt_lookup is True"),
+    ("x", {"prompt_lookup_ngram": 0}, InputError, "prompt_lookup_ngram is 0"),
     ("x", {"temperature": -1}, InputError, "temperature is -1"),
     ("x", {"top_q": 1}, InputError, "no option 'top_q'"),
     ("x", {"stop": [""]}, InputError, "stop strings contain ''"),

@@ -133,6 +133,48 @@ def test_truncate(length: int) -> None:
     assert _marks(state) == [expected] * 4
 
 
+@pytest.mark.parametrize("kept", [0, 1, 15, 16, 63, 64, 99])
+def test_restore_takes_back_what_was_cut_off(kept: int) -> None:
+    state = _state()
+    _append(state, 100)
+    state.truncate(kept)
+    for token_id in range(kept, 100):
+        assert not state.restore([token_id + 1])
+        assert state.length == token_id
+        assert state.restore([token_id])
+    assert not state.restore([100])
+    assert _marks(state) == [list(range(100))] * 4
+    state.truncate(kept)
+    assert not state.restore([*range(kept, 100), 100])
+    assert state.restore(range(kept, 100))
+    assert state.tokens == list(range(100))
+
+
+def test_restore_knows_what_was_written_over() -> None:
+    state = _state()
+    _append(state, 100)
+    state.truncate(40)
+    _append(state, 1, first=40)
+    assert not state.restore([41]), "the cache was given away for 40 and all behind it"
+    state.truncate(30)
+    state.reserve(1)  # a call that fails: it may have written
+    assert not state.restore([30])
+    assert state.tokens == list(range(30))
+
+
+def test_restore_where_there_is_nothing() -> None:
+    state = _state(context=1000)
+    assert state.restore([])
+    assert not state.restore([0])
+    _append(state, 100)
+    state.truncate(90)
+    assert not state.fork().restore([90])
+    several = _state(batch=2)
+    _append(several, 10)
+    several.truncate(5)
+    assert not several.restore([5])
+
+
 @pytest.mark.parametrize("length", [-1, 11, 2**70, 2.0, 1.5, "3", None, True, np.float32(1), [1]])
 def test_truncate_refuses(length: Any) -> None:
     state = _state()
