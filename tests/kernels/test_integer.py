@@ -1,0 +1,139 @@
+"""Products in integers: within what the problem allows, the same bits for every M, and NaN where there is one."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from relax_llm import cpu
+from relax_llm.formats import FORMATS
+from relax_llm.kernels.checking import check
+from relax_llm.kernels.forms import realize
+from relax_llm.kernels.machine import machine
+from relax_llm.kernels.matmul import Matmul, reference
+from relax_llm.kernels.matmul.family import matmul_kernels
+from relax_llm.kernels.matmul.integer import FEATURES
+from relax_llm.kernels.matmul.shape import layout_for
+from relax_llm.plan.choosing import cover
+from relax_llm.plan.kernel import Declined
+
+from .bench import generate, launch_function, random
+from .guarded import Out
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import numpy.typing as npt
+
+    from relax_llm.plan.kernel import Kernel
+
+    Array = npt.NDArray[Any]
+
+pytestmark = pytest.mark.skipif(not cpu.features() >= FEATURES, reason="this processor has no VNNI")
+
+PLAIN = Matmul(70, 100, "q8", activations="int8")
+
+
+def _kernel(name: str) -> Kernel:
+    return next(kernel for kernel in matmul_kernels(machine()) if kernel.name == name)
+
+
+@pytest.mark.parametrize(
+    ("problem", "name"),
+    [
+        (Matmul(70, 33, "q4s", activation="silu", gated=True, activations="int16"), "integer16"),
+        (Matmul(40, 1300, "q4", bias=True, residual=True, activations="int16"), "integer16"),
+        (Matmul(70, 1300, "q8", activation="silu", gated=True, activations="int8"), "integer8"),
+        (Matmul(21, 19, "q4", bias=True, activations="int8"), "integer8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_the_check_at_the_door(
+    problem: Matmul, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64 within the steps of the activations, and exactly where these are integers."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert check(realize(_kernel(name), problem, machine()), machine()).startswith("checked at M=")
+
+
+@cache
+def _function(problem: Matmul, name: str) -> Callable[..., None]:
+    func = _kernel(name).make(problem).with_attr("global_symbol", "kernel")
+    function: Callable[..., None] = generate(func, machine()).jit()["kernel"]
+    return function
+
+
+def _run(problem: Matmul, name: str, x: Array, weight: Array) -> Array:
+    packed = layout_for(problem, machine()).pack(FORMATS[problem.weight_format].encode(weight))
+    (out,) = launch_function(_function(problem, name), name, x, packed, Out((len(x), problem.outputs)))
+    return out
+
+
+@pytest.mark.parametrize(("weights", "name"), [("q8", "integer8"), ("q4", "integer16")])
+def test_a_row_does_not_depend_on_those_beside_it(weights: str, name: str) -> None:
+    problem = Matmul(70, 2100, weights, activations="int8")  # more than one part of the reduction
+    weight, x = random(70, 2100), random(400, 2100, seed=1)  # more than one block of rows
+    whole = _run(problem, name, x, weight)
+    for rows in (slice(0, 1), slice(3, 9), slice(100, 117), slice(399, 400)):
+        np.testing.assert_array_equal(whole[rows], _run(problem, name, x[rows], weight))
+
+
+def test_two_bytes_are_nearer_than_one() -> None:
+    weight, x = random(70, 100), random(33, 100, seed=1)
+    decoded = FORMATS["q8"].decode(FORMATS["q8"].encode(weight), 100)
+    right = reference(PLAIN, {"x": x, "weight": decoded})
+    errors = [np.abs(_run(PLAIN, name, x, weight) - right).max() for name in ("integer8", "integer16")]
+    assert errors[0] > 100 * errors[1]
+
+
+@pytest.mark.parametrize("name", ["integer8", "integer16"])
+def test_what_is_not_finite_stays_so_and_stays_in_its_row(name: str) -> None:
+    weight, x = random(70, 100), random(12, 100, seed=1)
+    clean = _run(PLAIN, name, x, weight)
+    broken = x.copy()
+    broken[2, 40], broken[5, 99], broken[8, 0] = np.nan, np.inf, -np.inf
+    out = _run(PLAIN, name, broken, weight)
+    assert not np.isfinite(out[[2, 5, 8]]).any()
+    kept = [row for row in range(12) if row not in (2, 5, 8)]
+    np.testing.assert_array_equal(out[kept], clean[kept])
+
+
+@pytest.mark.parametrize("name", ["integer8", "integer16"])
+def test_zeros_and_the_smallest_numbers(name: str) -> None:
+    weight, x = random(70, 100), random(9, 100, seed=1)
+    x[1] = 0
+    x[2] *= np.float32(1e-40)
+    x[3, :32] = 0
+    x[4] *= np.float32(1e30)
+    out = _run(PLAIN, name, x, weight)
+    assert (out[1] == 0).all()
+    assert np.abs(out[2]).max() < 1e-36
+    decoded = FORMATS["q8"].decode(FORMATS["q8"].encode(weight), 100)
+    right = reference(PLAIN, {"x": x, "weight": decoded})
+    for row in (3, 4):
+        assert np.abs(out[row] - right[row]).max() < 0.05 * np.abs(right[row]).max()
+
+
+def test_they_serve_only_what_allows_it() -> None:
+    for name, allowed in (("integer8", {"int8"}), ("integer16", {"int8", "int16"})):
+        for activations in (None, "int8", "int16"):
+            problem = Matmul(32, 32, "q4", activations=activations)
+            if activations in allowed:
+                _kernel(name).make(problem)
+            else:
+                with pytest.raises(Declined, match=f"wants them in {activations or 'f32'}"):
+                    _kernel(name).make(problem)
+
+
+def test_few_rows_are_multiplied_precisely_and_many_fast() -> None:
+    kernels = [kernel for kernel in matmul_kernels(machine()) if kernel.layout == "tiled"]
+    for weights in ("q8", "q4", "q4s"):
+        parts = cover(kernels, Matmul(3072, 576, weights, activations="int8"), ("M",))
+        assert [(part.kernel, part.sizes["M"]) for part in parts] == [
+            ("integer16", (1, 8)),
+            ("integer8", (9, None)),
+        ]
