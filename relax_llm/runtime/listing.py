@@ -73,5 +73,5 @@ def table(launches: Sequence[Listed], caption: str = "") -> Table:
         )
         for one in launches
     ]
-    header = ("", "launch", "site", "operator", "kernel", "", "us")
+    header = (" ", "launch", "site", "operator", "kernel", "", "us")
     return Table(header, rows, frozenset({1, 6}), caption)
