@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import relax_llm as rl
 from relax_llm.formats import FORMATS
+from relax_llm.kernels.layout import Packed, parse
 
 from ..machines import PLAINER
 from .configurations import BY_NAME
@@ -113,6 +115,134 @@ def test_kernels_say_which_formats_they_read(tmp_path: Path) -> None:
     assert artifact.plan.at(site).layout == "plain_bf16"
     other = rl.Runner(rl.compile(checkpoint, weights="bf16", target=PLAINER))
     runner = rl.Runner(artifact)
+    ids = token_ids(BY_NAME[UNTIED])[0, :20]
+    np.testing.assert_allclose(
+        runner.prefill(runner.start(), ids), other.prefill(other.start(), ids), rtol=1e-3, atol=1e-4
+    )
+
+
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, VOCAB = 4, 2, 16, 64, 96, 67
+KINDS = {
+    "token_embd": "Q8_0",
+    "blk.0.attn_q": "Q4_0",  # rows of q and k are permuted in a file
+    "blk.0.attn_k": "Q4_0",
+    "blk.0.attn_v": "Q4_1",
+    "blk.0.attn_output": "Q4_0",
+    "blk.0.ffn_gate": "Q4_1",
+    "blk.0.ffn_up": "Q4_1",
+    "blk.0.ffn_down": "Q8_0",
+}
+ROWS = {
+    "token_embd": (VOCAB, HIDDEN),
+    "blk.0.attn_q": (HEADS * HEAD_DIM, HIDDEN),
+    "blk.0.attn_k": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "blk.0.attn_v": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "blk.0.attn_output": (HIDDEN, HEADS * HEAD_DIM),
+    "blk.0.ffn_gate": (INTERMEDIATE, HIDDEN),
+    "blk.0.ffn_up": (INTERMEDIATE, HIDDEN),
+    "blk.0.ffn_down": (HIDDEN, INTERMEDIATE),
+}
+
+
+def _write_gguf(path: Path) -> Path:
+    """A llama whose matrices are quantized in several ways."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_block_count(1)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INTERMEDIATE)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(VOCAB)
+    random = np.random.default_rng(4)
+    for name, shape in ROWS.items():
+        kind = gguf.GGMLQuantizationType[KINDS[name]]
+        matrix = random.standard_normal(shape).astype(np.float32) / np.float32(8)
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(matrix, kind), raw_dtype=kind)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", random.uniform(0.5, 1.5, HIDDEN).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_blocks_of_a_file_are_carried_over(tmp_path: Path) -> None:
+    """What is in the artifact stands for the very numbers that the file stands for, where a format holds them."""
+    checkpoint = rl.open_checkpoint(_write_gguf(tmp_path / "model.gguf"))
+    kept = {
+        # q, k, v: a matrix with parts of both kinds is q4, which holds Q4_0 exactly
+        "q4": ("qkv q4", "o_proj q4s", "gate q4", "embed q8"),
+        "q8": ("o_proj q8", "down q8", "embed q8"),
+    }
+    parts = {
+        "qkv": [f"self_attn.{part}_proj" for part in "qkv"],
+        "o_proj": ["self_attn.o_proj"],
+        "gate": ["mlp.gate_proj", "mlp.up_proj"],
+        "down": ["mlp.down_proj"],
+    }
+    for weights, exact in kept.items():
+        artifact = rl.compile(checkpoint, weights=weights, target=PLAINER)
+        stored = dict(zip(artifact.manifest.weights, artifact.weights(), strict=True))
+        for what in exact:
+            name, format = what.split()
+            names = [f"model.layers.0.{part}.weight" for part in parts.get(name, ())] or [
+                "model.embed_tokens.weight"
+            ]
+            wanted = np.concatenate([checkpoint.tensors[name].read() for name in names])
+            recipe = next(w for w in stored if all(name in w.recipe for name in names))
+            layout = parse(recipe.recipe.partition("(")[0])
+            assert isinstance(layout, Packed)
+            assert layout.format == format, what
+            n, k = wanted.shape
+            found = FORMATS[format].decode(layout.unpack(stored[recipe], n, k), k)
+            np.testing.assert_array_equal(found, wanted, err_msg=what)
+        (note,) = (note for note in artifact.manifest.notes if note.startswith("Blocks of"))
+        assert note == f"Blocks of {7 if weights == 'q4' else 5} tensors are kept bit for bit as in the file."
+
+
+def test_auto_is_what_the_checkpoint_has(tmp_path: Path) -> None:
+    file = _write_gguf(tmp_path / "model.gguf")
+    assert rl.compile(file, weights="auto", target=PLAINER).manifest.weight_format == "q4"
+    checkpoint = write_checkpoint(BY_NAME["bfloat16-sharded"], tmp_path / "checkpoint")
+    assert rl.compile(checkpoint, weights="auto", target=PLAINER).manifest.weight_format == "bf16"
+
+
+def test_a_kernel_of_yours_reads_blocks_as_a_file_has_them(tmp_path: Path) -> None:
+    """Plain q8 is GGUF's: a scale and 32 codes; what rounds its activations is allowed to."""
+
+    def by_blocks(problem: object) -> str:
+        return """
+        #include <stdint.h>
+        #include <string.h>
+        struct block { _Float16 scale; int8_t codes[32]; };
+        void by_blocks(const float *x, const uint8_t *weight, float *out, int64_t M) {
+          const int64_t groups = (K + 31) / 32;
+          for (int64_t i = 0; i < M; i++)
+            for (int64_t j = 0; j < N; j++) {
+              float sum = 0;
+              for (int64_t g = 0; g < groups; g++) {
+                struct block b;
+                memcpy(&b, weight + (j * groups + g) * sizeof b, sizeof b);
+                float part = 0;
+                for (int64_t k = 0; k < 32 && g * 32 + k < K; k++) part += x[i * K + g * 32 + k] * b.codes[k];
+                sum += (float)b.scale * part;
+              }
+              out[i * N + j] = sum;
+            }
+        }
+        """
+
+    checkpoint = write_checkpoint(BY_NAME[UNTIED], tmp_path / "checkpoint")
+    site = "layers.0.mlp.down_proj"
+    mine = rl.kernel("matmul", weights=("q8",), sites=site)(by_blocks)
+    artifact = rl.compile(checkpoint, kernels=[mine], weights="q8", target=PLAINER)
+    assert artifact.plan.at(site).serving({"M": 1}).kernel == "by_blocks"
+    assert artifact.plan.at(site).layout == "plain_q8"
+    runner, other = rl.Runner(artifact), rl.Runner(rl.compile(checkpoint, weights="q8", target=PLAINER))
     ids = token_ids(BY_NAME[UNTIED])[0, :20]
     np.testing.assert_allclose(
         runner.prefill(runner.start(), ids), other.prefill(other.start(), ids), rtol=1e-3, atol=1e-4
