@@ -113,6 +113,11 @@ def test_the_wheel_has_everything_and_nothing_else(wheel: Path) -> None:
     expected = {file.relative_to(ROOT).as_posix() for file in (ROOT / "relax_llm").rglob("*.py")}
     expected |= {f"relax_llm/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "models").rglob("*.py")}
     expected.add("relax_llm/py.typed")
+    expected |= {
+        file.relative_to(ROOT).as_posix()
+        for file in (ROOT / "relax_llm" / "graph" / "assets").iterdir()
+        if file.is_file()
+    }
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     information = {name for name in names if ".dist-info/" in name}
