@@ -25,9 +25,17 @@ def main() -> None:
     state = runner.start()
     runner.prefill(state, range(1, options.context + 1))
 
+    debugged = rl.Runner(artifact)
+    debugged.breakpoints.add(operator="attention", where="kv_len>1000000")
+
     def stepped() -> None:
         for launch in runner.steps("decode", state, 1):
             launch.run()
+
+    def left() -> None:
+        steps = runner.steps("decode", state, 1)
+        steps.step()
+        steps.detach()
 
     ways: dict[str, tuple[Callable[[], AbstractContextManager[object]], Callable[[], object]]] = {
         "plain": (nullcontext, lambda: runner.decode(state, 1)),
@@ -37,6 +45,8 @@ def main() -> None:
         "traced": (runner.tracing, lambda: runner.decode(state, 1)),
         "traced and pinned": (pinned.tracing, lambda: pinned.decode(state, 1)),
         "launch by launch": (nullcontext, stepped),
+        "past a breakpoint": (nullcontext, lambda: debugged.steps("decode", state, 1).run()),
+        "begun, then natively": (nullcontext, left),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(options.rounds + 1):

@@ -39,8 +39,9 @@ def step(
 ) -> None:
     """Launch a model kernel by kernel: look at tensors, break, skip, replace, time.
 
-    On a terminal it fills the screen; ? lists its keys. Elsewhere, and with --commands, each line of standard input is
-    a command.
+    On a terminal it fills the screen; ? lists its keys.
+
+    Elsewhere, and with --commands, the lines of standard input are commands; `help` lists them.
     """
     if model_name is not None and model is not None:
         raise InputError(f"The model is named twice, as {model_name} and with --model; name it once.")

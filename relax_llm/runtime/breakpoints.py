@@ -56,11 +56,18 @@ class Breakpoint:
     bound: float = 0.0
     watched: Watched | None = None
     hits: int = field(default=0, init=False)
+    _places: dict[str, frozenset[int]] = field(default_factory=dict, init=False)
 
     @property
     def behind(self) -> bool:
         """Whether it stops behind launches, and not before them."""
         return bool(self.after or self.nan or self.differs is not None or self.watched)
+
+    def reaches(self, function: str, line: Line) -> frozenset[int]:
+        """The launches of a runner's function that it may stop at, worked out once."""
+        if function not in self._places:
+            self._places[function] = self.places(line) if self.is_in(function) else frozenset()
+        return self._places[function]
 
     def is_in(self, function: str) -> bool:
         """Whether it stops in a function of this name."""

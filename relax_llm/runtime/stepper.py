@@ -56,7 +56,6 @@ class Steps:
         self._interrupted = False
         self._at = self._begun = 0
         self._made: dict[int, tuple[str, float | None]] = {}
-        self._places: dict[Breakpoint, frozenset[int]] = {}
         self._calls = interpreter.calls(self.function, self.knowledge.kernels)
         self._launches = self.knowledge.line.launches
         if self._calls.names != self.knowledge.line.symbols:
@@ -301,10 +300,14 @@ class Steps:
         launch, new, passed = self.current, False, 0
         if launch is None:
             launch, new, passed = next(self, None), True, 1
-        stops = [one for one in (*self.knowledge.breakpoints, *once) if self._reaches(one)]
-        watches = [(one, Watch(one.watched, self._find)) for one in stops if one.watched is not None]
+        every = (*self.knowledge.breakpoints, *once)
+        stops = [
+            (one, one.reaches(self.function, self.knowledge.line)) for one in every if one.watched is None
+        ]
+        watches = [(one, Watch(one.watched, self._find)) for one in every if one.watched is not None]
         while launch is not None:
-            asked = [one for one in stops if (new or one.behind) and self._asks(one, launch)]
+            index = launch.index
+            asked = [one for one, at in stops if index in at and (new or one.behind) and one.asks(launch)]
             if new:
                 for one in asked:
                     if not one.behind:
@@ -327,15 +330,6 @@ class Steps:
         one.hits += 1
         self.stop = Stop(launch, one, reason)
         return launch
-
-    def _reaches(self, one: Breakpoint) -> bool:
-        """Whether a breakpoint may stop this call."""
-        if one not in self._places:
-            self._places[one] = one.places(self.knowledge.line) if one.is_in(self.function) else frozenset()
-        return bool(self._places[one])
-
-    def _asks(self, one: Breakpoint, launch: Launch) -> bool:
-        return one.watched is None and launch.index in self._places[one] and one.asks(launch)
 
     def _find(self, watched: Watched) -> Iterator[tuple[str, Array]]:
         """What is there at present of what is watched: names and views."""
