@@ -234,12 +234,12 @@ class Exchanged:
 
 
 def likeliest(runner: Runner, work: Workload) -> tuple[tuple[int, ...], ...]:
-    """The tokens of each call, where each decode is given the token that is likeliest."""
+    """Run a workload, where each decode is given the token that is likeliest; the tokens of each call."""
     state, calls = runner.start(), [work.prompt]
+    logits = runner.prefill(state, work.prompt)
     for _ in range(work.decodes):
-        given = calls[-1]
-        logits = runner.decode(state, given[0]) if len(calls) > 1 else runner.prefill(state, given)
         calls.append((int(logits.argmax()),))
+        logits = runner.decode(state, calls[-1][0])
     return tuple(calls)
 
 

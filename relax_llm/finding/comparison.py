@@ -196,7 +196,7 @@ class Comparison:
         return (
             f"The first site over its bound is {first.site}: the {first.operator} by {first.kernel} in call "
             f"{first.call} ({first.function}; {sizes}). Given what {first.counterpart} was given, it is off by "
-            f"{number(local.relative)} of the row's scale, where {number(first.bound)} is allowed: element "
+            f"{number(local.relative)} of the scale, where {number(first.bound)} is allowed: element "
             f"{list(local.index)}{of} is {local.value:.8g} and not {local.reference:.8g}.{more}"
         )
 

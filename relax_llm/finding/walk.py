@@ -12,7 +12,7 @@ from relax_llm.finding.comparison import SiteDifference
 from relax_llm.numerics import bounds
 from relax_llm.numerics.difference import Difference, difference
 from relax_llm.runtime.launch import Launch
-from relax_llm.runtime.results import Result, overwrite, results, scale_of
+from relax_llm.runtime.results import Result, overwrite, residual_of, results
 from relax_llm.runtime.runner import Runner
 from relax_llm.runtime.stepper import Steps
 
@@ -206,7 +206,7 @@ def weight_format(launch: Launch, manifest: Manifest) -> str:
 def _measured(launch: Launch, made: Result, right: Array, problem: Mapping[str, Any]) -> Difference:
     """The difference of a result, of a cache's last tokens where the reference has no more."""
     value = made.value[:, :, made.value.shape[2] - right.shape[2] :] if made.name else made.value
-    return difference(value, right, None if made.name else scale_of(launch, problem))
+    return difference(value, right, None if made.name else residual_of(launch, problem))
 
 
 def _fits(value: Array, result: Result) -> bool:

@@ -18,11 +18,12 @@ class Difference:
 
     Attributes:
         max_abs: The largest difference.
-        relative: The largest difference in a row, as a share of the row's scale; the worst row. A row is what lies
-            along the last axis: one token's hidden state, one head's key.
+        relative: The largest difference as a share of its scale. That is the largest magnitude in the row: in one
+            token's hidden state, in one head's key. Of what was added to a residual, it is the largest of the summands
+            in the row, and this element's residual.
         ulp: The largest number of float32 numbers between two values; infinite for other types that differ.
         cosine: Of the angle between the whole tensors.
-        index: The element that is farthest off for its row.
+        index: The element that is farthest off for its scale.
         value: What is there.
         reference: What the reference has there.
     """
@@ -36,13 +37,13 @@ class Difference:
     reference: float
 
 
-def difference(ours: Array, reference: Array, scale: Array | None = None) -> Difference:
+def difference(ours: Array, reference: Array, residual: Array | None = None) -> Difference:
     """Measure.
 
     Args:
         ours: Any shape and numeric type.
         reference: The same shape.
-        scale: What of a row counts beside the reference for its scale: the residual that a sum began with.
+        residual: What both were added to, if they were.
     """
     if not ours.size:
         return Difference(0.0, 0.0, 0.0, 1.0, (), 0.0, 0.0)
@@ -53,10 +54,13 @@ def difference(ours: Array, reference: Array, scale: Array | None = None) -> Dif
         off = np.abs(a - b)
         off[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0
         off[np.isnan(off)] = np.inf
-        rows = _largest(b)
-        if scale is not None:
-            rows = np.maximum(rows, _largest(scale.astype(np.float64).reshape(shape)))
-        shares = np.where(off == 0, 0.0, off / rows)
+        if residual is None:
+            scale = _largest(b)
+        else:
+            kept = residual.astype(np.float64).reshape(shape)
+            scale = _largest(b - kept) + np.abs(kept)
+        shares = np.where(off == 0, 0.0, off / scale)
+        shares[np.isnan(shares)] = np.inf
     at = np.unravel_index(int(shares.argmax()), shape)
     return Difference(
         float(off.max()),

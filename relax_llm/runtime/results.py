@@ -52,14 +52,14 @@ def overwrite(launch: Launch, values: Sequence[Array | None]) -> None:
                 _put_tokens(kind, cache, value, launch.sizes["kv_len"])
 
 
-def scale_of(launch: Launch, problem: Mapping[str, Any]) -> Array | None:
-    """What a launch adds its result to, as a residual, and what so counts for the scale of its rows; None: nothing."""
+def residual_of(launch: Launch, problem: Mapping[str, Any]) -> Array | None:
+    """What a launch adds to; None where it adds to nothing."""
     if not problem.get("residual") and launch.operator != "fused":
         return None
     shape = launch.outputs[0].shape
     said = [operand.value for operand in launch.arguments if operand.role == "activation"]
-    added = [value for value in (said[1:] if problem.get("residual") else said) if value.shape == shape]
-    return np.maximum.reduce([np.abs(value) for value in added]) if added else None
+    given = said[1:] if problem.get("residual") else said
+    return next((value for value in given if value.shape == shape), None)
 
 
 def tokens_of(kind: str, cache: Array, kv_len: int) -> Array:

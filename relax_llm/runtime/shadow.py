@@ -21,7 +21,7 @@ from relax_llm.plan.plan import parts_of
 from relax_llm.runtime.choices import Place
 from relax_llm.runtime.control import Line
 from relax_llm.runtime.launch import Launch
-from relax_llm.runtime.results import results, scale_of
+from relax_llm.runtime.results import residual_of, results
 from relax_llm.runtime.stepper import Steps
 
 Array = npt.NDArray[Any]
@@ -228,7 +228,7 @@ class Shadow:
             bound = bounds.share(launch.operator, problem, launch.sizes["kv_len"], ("f32", "f32"))
         worst: Disagreement | None = None
         for result, right in zip(results(launch), expected, strict=True):
-            found = difference(result.value, right, None if result.name else scale_of(launch, problem))
+            found = difference(result.value, right, None if result.name else residual_of(launch, problem))
             if worst is None or found.relative > worst.off:
                 worst = self._said(
                     launch, result.name, found.index, found.value, found.reference, found.relative, bound

@@ -29,7 +29,16 @@ def test_the_worst_element_for_its_row_is_named() -> None:
     found = difference(ours, right)
     assert (found.max_abs, found.relative, found.index) == (1.0, 0.25, (1, 1))
     assert (found.value, found.reference) == (0.25, 0.5)
-    assert difference(ours, right, np.full((2, 2), 10.0)).relative == 0.025
+
+
+def test_what_was_added_to_a_residual_is_measured_by_itself() -> None:
+    """A residual of 1000 excuses what is wrong with its own element, and with no other of the row."""
+    residual = np.array([[1000.0, 0.0, 2.0]])
+    right = residual + np.array([[1.0, -2.0, 0.5]])
+    ours = right + np.array([[0.5, 0.0, 0.2]])
+    found = difference(ours, right, residual)
+    assert found.index == (0, 2)
+    assert found.relative == pytest.approx(0.2 / (2.0 + 2.0))
 
 
 @pytest.mark.parametrize("value", [1.0, -1.0, 1e-30, -3e20])
