@@ -197,8 +197,9 @@ class Shadow:
             return f"{self.name} stood beside no launch; {self.passed} matched."
         if self.first is None:
             return f"{self.name} agrees at {self.launches} launches; the largest difference is {self.worst:.2g} bounds."
+        count, word = len(self.sites), "site" if len(self.sites) == 1 else "sites"
         return (
-            f"{self.name} disagrees at {self.disagreements} of {self.launches} launches, at {len(self.sites)} sites; "
+            f"{self.name} disagrees at {self.disagreements} of {self.launches} launches, at {count} {word}; "
             f"first at {self.first}."
         )
 
