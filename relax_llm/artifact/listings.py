@@ -89,6 +89,8 @@ class Index:
 class Listing:
     """One function of the library, in all its forms.
 
+    A kernel in Python, which compiled code calls back, has a source and nothing else.
+
     Attributes:
         symbol: Its name in TVMScript, and in the library where it has one there.
         parameters: Names of its parameters.
@@ -104,7 +106,7 @@ class Listing:
     @property
     def tir(self) -> str:
         """TVMScript, after all passes over TIR of this project and before TVM's own."""
-        return textwrap.dedent(self._of.functions[self.symbol])
+        return textwrap.dedent(self._of.functions.get(self.symbol, ""))
 
     @property
     def calls(self) -> tuple[str, ...]:
@@ -151,9 +153,9 @@ class Listings:
             ArtifactError: The file cannot be read.
         """
         if symbol not in self.index.parameters:
-            names = get_close_matches(symbol, self.index.parameters, 5, 0) or sorted(self.index.parameters)
+            near = ", ".join(get_close_matches(symbol, self.index.parameters, 5, 0))
             raise InputError(
-                f"The library has no function {symbol!r}; it has {len(self.index.parameters)}, such as {', '.join(names)}."
+                f"The library has no function {symbol!r}; it has {len(self.index.parameters)}, such as {near}."
             )
         return Listing(symbol, self.index.parameters[symbol], self.index.sources.get(symbol), self)
 
@@ -195,7 +197,7 @@ class Listings:
 
     def reached(self, symbol: str) -> list[str]:
         """A function and all that it calls."""
-        return [symbol, *self.reached_from(self.functions[symbol])]
+        return list(dict.fromkeys([symbol, *self.reached_from(self.functions[symbol])]))
 
     def reached_from(self, text: str) -> list[str]:
         """All that TVMScript calls, with what that calls, and the entries that keep LLVM from seeing through it."""

@@ -27,6 +27,7 @@ _NAMED = re.compile(r"@\"?([\w.$]+)")
 _PLACE = re.compile(r", !dbg !(\d+)")
 _NOISE = re.compile(r"^    #dbg_.*\n|, !dbg !\d+| !dbg !\d+(?= \{)", re.MULTILINE)
 _HIDDEN_EXPORT = re.compile(r"^(define (?:private|internal)) dllexport", re.MULTILINE)
+_ASSEMBLED = re.compile(r"^\t\.type\t(?:\.L)?(\S+),[@%]function\n(.*?)^\.Lfunc_end", re.MULTILINE | re.DOTALL)
 _ASSEMBLY_NOISE = re.compile(r"^(?:\t\.(?:cfi_|loc\t|file\t).*|\s*#DEBUG_.*|\.Ltmp\d+:)\n", re.MULTILINE)
 
 
@@ -61,7 +62,8 @@ class MachineCode:
         Raises:
             ArtifactError: TVM's compiler, whose LLVM makes it, is not installed.
         """
-        texts = [_ASSEMBLY_NOISE.sub("", _assembly_of(name, self._assembly)) for name in self.names(symbol)]
+        known = self._assembled
+        texts = [_ASSEMBLY_NOISE.sub("", known[name]) for name in self.names(symbol) if name in known]
         return "\n".join([*self._inlined(symbol, "#"), *texts])
 
     def names(self, symbol: str) -> list[str]:
@@ -120,7 +122,8 @@ class MachineCode:
         }
 
     @cached_property
-    def _assembly(self) -> str:
+    def _assembled(self) -> Mapping[str, str]:
+        """The functions as assembly."""
         runtime = ffi.runtime()
         ffi.load_compiler()
         with tempfile.TemporaryDirectory() as directory:
@@ -128,16 +131,11 @@ class MachineCode:
             # LLVM prints this of private functions that TVM marked, and does not read it.
             file.write_text(_HIDDEN_EXPORT.sub(r"\1", self.text), encoding="utf-8")
             try:
-                return str(runtime.load_module(str(file)).inspect_source("asm"))
+                text = str(runtime.load_module(str(file)).inspect_source("asm"))
             except (RuntimeError, ValueError, AttributeError) as error:
                 raise ArtifactError(f"LLVM cannot make assembly of the listing: {error}") from error
+        return {match[1]: match[2] for match in _ASSEMBLED.finditer(text)}
 
 
 def _is_computing(name: str) -> bool:
     return not name.startswith((_CHECK, "__tvm_set_raised", "__tvm_func_handle"))
-
-
-def _assembly_of(name: str, text: str) -> str:
-    label = re.escape(name)
-    found = re.search(rf"^(\.L)?{label}:.*?(?=^\t\.size\t(?:\.L)?{label},)", text, re.MULTILINE | re.DOTALL)
-    return found[0] if found else ""

@@ -42,13 +42,17 @@ def write(path: Path, mod: tvm.IRModule, planner: Planner, script: str, llvm: st
         for var, func in mod.functions_items()
         if isinstance(func, PrimFunc)
     }
+    called_back = {
+        python.symbol: tuple(operand.name for operand in python.operands)
+        for python in planner.python_kernels()
+    }
     target: Mapping[str, Any] = planner.machine.options
     kernels = {
         symbol: {name: realized.symbol for name, realized in choice.realized.items()}
         for symbol, (_, choice) in planner.choices().items()
         if choice.realized
     }
-    index = Index(parameters, dict(_sources(planner)), kernels, target, CODE_GENERATION)
+    index = Index(parameters | called_back, dict(_sources(planner)), kernels, target, CODE_GENERATION)
     listings.write(path, index, script, llvm)
 
 

@@ -1,0 +1,1 @@
+"""Kernels on their own, listings, recordings and repros."""
