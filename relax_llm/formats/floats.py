@@ -81,7 +81,7 @@ def refuse_larger(matrix: Array, what: str) -> None:
     Raises:
         OverflowError: There is one; `what` would have to be f16.
     """
-    if -_LARGEST <= matrix.min(initial=0) and matrix.max(initial=0) <= _LARGEST:
+    if matrix.min(initial=0) >= -_LARGEST and matrix.max(initial=0) <= _LARGEST:
         return
     with np.errstate(over="ignore"):
         beyond = matrix[~(np.abs(matrix) <= _LARGEST) & np.isfinite(matrix)]
