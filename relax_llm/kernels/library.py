@@ -5,7 +5,7 @@ from typing import Any
 
 from tvm.tirx import PrimFunc
 
-from relax_llm.kernels import argmax, attention, cache, lookup, norm, positions, softmax
+from relax_llm.kernels import argmax, attention, cache, elementwise, lookup, norm, positions, softmax
 from relax_llm.kernels.gpu import gpu_kernel
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul.family import matmul_kernels
@@ -18,6 +18,7 @@ _BUILD: dict[type[Problem], tuple[str, Callable[[Any, Machine], PrimFunc]]] = {
     argmax.Argmax: ("by_lane", argmax.argmax),
     attention.Attention: ("streaming", attention.attention),
     cache.Append: ("by_position", cache.append),
+    elementwise.Elementwise: ("by_row", elementwise.elementwise),
     lookup.Embedding: ("by_row", lookup.embedding),
     lookup.LastToken: ("by_sequence", lookup.last_token),
     Matmul: ("tiled", tiled),

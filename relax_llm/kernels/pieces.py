@@ -1,5 +1,6 @@
 """Rows too long for one core: cut into pieces of whole blocks, the same ones whatever else a launch has."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -58,6 +59,18 @@ class Pieces:
     def is_last(self, piece: Expr) -> Expr:
         """Whether what is left over of the row belongs to a piece."""
         return piece == self.count - 1
+
+    def visit(self, piece: Expr, visit: Callable[[Expr, int], None]) -> None:
+        """Visit every block of a piece, and what is left of the row behind the last: `visit(start, elements)`."""
+        if self.blocks:
+            first = b.let("first", self.first(piece))
+            with T.serial(self.length(piece)) as i:
+                visit(b.let("at", (first + i) * self.block), self.block)
+        if self.rest and self.count == 1:
+            visit(T.int64(self.blocks * self.block), self.rest)
+        elif self.rest:
+            with b.when(self.is_last(piece)):
+                visit(T.int64(self.blocks * self.block), self.rest)
 
     def split(self, index: Expr) -> tuple[Expr, Expr]:
         """Row and piece of a task; the tasks of a row are neighbours."""

@@ -70,9 +70,12 @@ class Problem:
         """The problem that `to_json` wrote."""
         values = json.loads(text)
         kind = _OPERATORS[values.pop("operator")]
-        return kind(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        )
+        return kind(**{key: _frozen(value) for key, value in values.items()})
+
+
+def _frozen(value: Any) -> Any:
+    """Lists, and lists in them, as tuples."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def require_positive(problem: Problem, *names: str) -> None:

@@ -74,7 +74,7 @@ def softmax(problem: Softmax, machine: Machine) -> PrimFunc:
             def compare(at: Expr, n: int) -> None:
                 b.store(highest, T.max(b.load(x, row, at, lanes=n), b.load(highest, 0, lanes=n)), 0, lanes=n)
 
-            _visit(pieces, piece, compare)
+            pieces.visit(piece, compare)
             b.put(largest, b.reduce_lanes(highest, (), T.max), row, piece)
             base = b.let("base", largest[row, piece])
             sums = b.local((LANES,))
@@ -87,7 +87,7 @@ def softmax(problem: Softmax, machine: Machine) -> PrimFunc:
                 b.store(out, raised, row, at, lanes=n)
                 b.store(sums, b.load(sums, 0, lanes=n) + raised, 0, lanes=n)
 
-            _visit(pieces, piece, exponential)
+            pieces.visit(piece, exponential)
             b.put(total, b.reduce_lanes(sums, (), lambda p, q: p + q), row, piece)
 
         def scale(index: Expr) -> None:
@@ -97,7 +97,7 @@ def softmax(problem: Softmax, machine: Machine) -> PrimFunc:
             def write(at: Expr, n: int) -> None:
                 b.store(out, b.load(out, row, at, lanes=n) * b.splat(factor, n), row, at, lanes=n)
 
-            _visit(pieces, piece, write)
+            pieces.visit(piece, write)
 
         def _factor(row: Expr, piece: Expr) -> Expr:
             """What the exponentials of a piece are multiplied with."""
@@ -131,14 +131,3 @@ def _exp(power: Expr, lanes: int) -> Expr:
     """e**power for power <= 0, and 0 where that is hardly a float."""
     power = b.let("power", power)
     return T.Select(power < b.splat(_VANISHED, lanes), b.splat(0.0, lanes), vectormath.exp(power))
-
-
-def _visit(pieces: Pieces, piece: Expr, visit: object) -> None:
-    """Visit every vector of a piece, and behind the last one what is left of the row."""
-    if pieces.blocks:
-        first = b.let("first", pieces.first(piece))
-        with T.serial(pieces.length(piece)) as i:
-            visit(b.let("at", (first + i) * LANES), LANES)  # type: ignore[operator]
-    if pieces.rest:
-        with b.when(pieces.is_last(piece)):
-            visit(T.int64(pieces.blocks * LANES), pieces.rest)  # type: ignore[operator]

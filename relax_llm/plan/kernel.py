@@ -29,6 +29,7 @@ AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "rope_table": ("seq", "kv_len"),
         "argmax": ("M",),
         "softmax": ("M",),
+        "elementwise": ("batch", "seq"),
     }
 )
 """The operators, and the sizes by which their kernels are chosen."""
