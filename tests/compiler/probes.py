@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from relax_llm.formats import Blocks
+
     Array = npt.NDArray[Any]
     Weights = dict[str, Array]
 
@@ -99,13 +101,26 @@ def random_weights(decoder: layers.Decoder) -> Weights:
     return weights
 
 
+@dataclass(frozen=True)
+class _InMemory:
+    """Reads weights that are no checkpoint's."""
+
+    weights: Weights
+
+    def __call__(self, name: str) -> Array:
+        return self.weights[name]
+
+    def blocks(self, name: str, format: Blocks, *, transposed: bool) -> Array | None:
+        return None
+
+
 def execute(mod: tvm.IRModule, weights: Weights, ids: Array, function: str = "hidden") -> Array:
     """Generate code, pack the weights as their recipes say, and run a function without caches."""
     recipes = weight_recipes(mod)
     with tvm.transform.PassContext(config=CODE_GENERATION):
         lowered = run(mod, pipeline().parts()[1].bind(Planner(MACHINE)))
         executable = relax.build(lowered, MACHINE.target, relax_pipeline=tvm.transform.Sequential([]))
-    packed = [_tensor(recipe.make(weights.__getitem__)) for recipe in recipes]
+    packed = [_tensor(recipe.make(_InMemory(weights))) for recipe in recipes]
     virtual_machine = relax.VirtualMachine(executable, tvm.cpu())
     result = virtual_machine[function](_tensor(ids), Shape([ids.shape[1]]), [], packed)
     values: Array = result.numpy()

@@ -78,13 +78,13 @@ CASES: list[tuple[Recipe, Array, str, list[str]]] = [
     (Transpose(Transpose(a)), A, "transpose(transpose(a.weight))", ["a.weight"]),
     (
         Encode(Concat((a, b)), "bf16"),
-        FORMATS["bf16"].encode(np.vstack([A, B])),
+        FORMATS["bf16"].encode(np.vstack([A, B]).astype(np.float32)),
         "bf16(concat(a.weight, b.weight))",
         ["a.weight", "b.weight"],
     ),
     (
         Pack(Encode(Concat((Transpose(c), a)), "q8"), "tiled16_q8"),
-        TiledGroups(16).pack(np.vstack([CODED, FORMATS["q8"].encode(A)])),
+        TiledGroups(16).pack(np.vstack([CODED, FORMATS["q8"].encode(A.astype(np.float32))])),
         "tiled16_q8(q8(concat(transpose(c.weight), a.weight)))",
         ["c.weight", "a.weight"],
     ),

@@ -9,7 +9,8 @@ from relax_llm.kernels.argmax import Argmax
 from relax_llm.kernels.operators import operator_of
 from relax_llm.kernels.softmax import Softmax
 
-from .bench import HOST, Out, launch, random
+from .bench import HOST, launch, random
+from .guarded import Out
 
 WIDE = 150_001  # Three pieces of argmax, with a rest behind the last block.
 
