@@ -8,6 +8,7 @@ from tvm import IRModule, ir, relax, tirx
 from tvm.relax.frontend import nn
 
 from relax_llm.errors import ArchitectureError, RelaxLLMError
+from relax_llm.kernels.argmax import Argmax
 from relax_llm.kernels.cache import cache_shapes
 from relax_llm.kernels.lookup import LastToken
 from relax_llm.kernels.machine import Machine
@@ -46,14 +47,18 @@ ENTRIES = (
 )
 
 CACHES = "relax_llm.caches"
-"""Function attribute: how many parameters after token_ids and kv_len are caches; weights follow."""
+"""Function attribute: how many parameters after token_ids and kv_len are caches; weights follow.
+
+`greedy`, which is a function of logits alone, has none of these, and not this attribute.
+"""
 
 
 def export(decoder: Decoder, machine: Machine) -> IRModule:
     """Trace a decoder.
 
-    Each function has the parameters token_ids, kv_len, then the key and value cache of every attention layer, named
-    `layers.3.self_attn.k_cache`, then every weight under the checkpoint's name.
+    Each entry has the parameters token_ids, kv_len, then the key and value cache of every attention layer, named
+    `layers.3.self_attn.k_cache`, then every weight under the checkpoint's name. Beside them stands `greedy`: logits
+    [batch, seq, vocab] -> the likeliest tokens [batch, seq, 1] int32.
 
     Raises:
         ArchitectureError: A layer's shapes do not fit together.
@@ -92,4 +97,18 @@ def export(decoder: Decoder, machine: Machine) -> IRModule:
                 except Exception as error:  # the code is the user's
                     raise ArchitectureError(f"{type(decoder).__name__} cannot be traced: {error}") from error
             builder.emit_func_output(output)
+    _greedy(builder, decoder.vocab_size, machine, kernels)
     return builder.get()
+
+
+def _greedy(
+    builder: relax.BlockBuilder, vocab_size: int, machine: Machine, kernels: dict[Problem, ir.GlobalVar]
+) -> None:
+    batch, seq = (tirx.Var(name, "int64") for name in ("batch", "seq"))
+    logits = relax.Var("logits", relax.TensorType([batch, seq, vocab_size], "float32"))
+    step = Step(batch, seq, seq, {}, machine, kernels)
+    with builder.function("greedy", [logits]):
+        with builder.dataflow():
+            result = step.launch(Argmax(vocab_size), [logits], [batch, seq, 1], "int32")
+            output = builder.emit_output(result._expr)
+        builder.emit_func_output(output)

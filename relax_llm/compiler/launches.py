@@ -69,14 +69,14 @@ def _unnamed(launch: Launch) -> Kernel:
 
 
 def _launches(line: Line, recipes: list[Recipe], problems: Mapping[str, str]) -> list[Launch]:
-    caches, weights = line.params[2:4]
+    tuples = line.params[2:4]  # of caches and of weights, in functions that have these
     roles: dict[relax.Var, tuple[str, str]] = {}
     found = []
     for _, var, expr in line:
         if isinstance(expr, relax.TupleGetItem):
-            if expr.tuple_value.same_as(weights):
+            if expr.tuple_value.same_as(tuples[1]):
                 roles[var] = ("weight", joined_name(recipes[expr.index].sources()))
-            elif expr.tuple_value.same_as(caches):
+            elif expr.tuple_value.same_as(tuples[0]):
                 roles[var] = ("cache", var.name)
         elif is_op(expr, "relax.call_tir") or is_op(expr, "relax.call_tir_inplace"):
             found.append(_launch(expr, roles, problems))

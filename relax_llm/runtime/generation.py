@@ -148,12 +148,14 @@ def _pieces(task: _Task, state: CacheState | None, encoding_seconds: float) -> G
     resumed = time.perf_counter()
     cache: CacheState = runner.start() if state is None else state
     reused = reuse_prefix(cache, ids)
-    logits = prefill_in_chunks(runner, cache, ids[reused:], chunk=task.chunk, progress=task.progress)
+    greedy = task.lookup is None and task.sampler.takes_likeliest  # then nobody looks at the logits
+    evaluate: Callable[[Any, Sequence[int]], Any] = runner.greedy if greedy else runner.prefill
+    found = prefill_in_chunks(evaluate, cache, ids[reused:], chunk=task.chunk, progress=task.progress)
     prefill_seconds = time.perf_counter() - resumed
     first_token_seconds = decode_seconds = 0.0
     count = 0
     while True:
-        choice = task.sampler.choose(logits)
+        choice = task.sampler.take(found) if greedy else task.sampler.choose(found)
         count += 1
         text, reason = _read(task, choice.token_id, last=count == task.limit, full=_is_full(runner, cache))
         now = time.perf_counter()
@@ -176,10 +178,12 @@ def _pieces(task: _Task, state: CacheState | None, encoding_seconds: float) -> G
                 f"The state has {cache.length} tokens where this answer left {evaluated}: it was used for "
                 "something else between two pieces. Give that a copy of it: state.fork()."
             )
-        if task.lookup is None:
-            logits = runner.decode(cache, choice.token_id)
+        if greedy:
+            found = runner.greedy(cache, [choice.token_id])
+        elif task.lookup is None:
+            found = runner.decode(cache, choice.token_id)
         else:
-            logits = task.lookup.decode(cache, choice.token_id, task.limit - count)
+            found = task.lookup.decode(cache, choice.token_id, task.limit - count)
 
 
 def _is_full(runner: LanguageModel, cache: CacheState) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -11,6 +11,18 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from relax_llm.text.tokenizer import Tokenizer
+
+
+class Likeliest(NamedTuple):
+    """The token with the largest logit, the first of equal ones.
+
+    Attributes:
+        token_id: The token; of several sequences int32 [batch].
+        logit: Its logit, which is NaN where any logit is; float32 [batch] likewise.
+    """
+
+    token_id: Any
+    logit: Any
 
 
 class CacheState(Protocol):
@@ -70,4 +82,8 @@ class LanguageModel(Protocol):
 
     def decode(self, state: Any, token_id: int, /) -> npt.NDArray[np.float32]:
         """Append one token to the cache; logits [vocab] after it."""
+        ...
+
+    def greedy(self, state: Any, token_ids: Sequence[int], /) -> Likeliest:
+        """Append `token_ids` [seq] to the cache; the likeliest token after the last one."""
         ...

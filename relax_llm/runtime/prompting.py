@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from relax_llm.errors import ContextLengthError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    import numpy as np
-    import numpy.typing as npt
-
     from relax_llm.runtime.interface import CacheState, LanguageModel
+
+Result = TypeVar("Result")
 
 
 def prompt_ids(
@@ -75,31 +74,31 @@ def reuse_prefix(state: CacheState, ids: Sequence[int]) -> int:
 
 
 def prefill_in_chunks(
-    runner: LanguageModel,
+    evaluate: Callable[[CacheState, Sequence[int]], Result],
     state: CacheState,
     ids: Sequence[int],
     *,
     chunk: int,
     progress: Callable[[int, int], None] | None = None,
-) -> npt.NDArray[np.float32]:
+) -> Result:
     """Append `ids` to the cache, at most `chunk` at a time: a call's working memory grows with its tokens.
 
     An exception (Ctrl-C included) leaves in the cache the chunks that were done, for the next call to reuse.
 
     Args:
-        runner: Evaluates the tokens.
+        evaluate: Appends tokens: `runner.prefill`, or `runner.greedy`.
         state: Its cache is extended.
         ids: At least one token id.
         chunk: How many tokens to evaluate in one call.
         progress: Called with (tokens done, tokens in all) at the start and after each chunk.
 
     Returns:
-        The logits after the last token, [vocab] float32.
+        What `evaluate` gives after the last token.
     """
     if progress is not None:
         progress(0, len(ids))
     for begin in range(0, len(ids), chunk):
-        logits = runner.prefill(state, ids[begin : begin + chunk])
+        result = evaluate(state, ids[begin : begin + chunk])
         if progress is not None:
             progress(min(begin + chunk, len(ids)), len(ids))
-    return logits
+    return result

@@ -19,6 +19,7 @@ from relax_llm.runtime.breakpoints import Breakpoints
 from relax_llm.runtime.control import Control, Forced, Planned
 from relax_llm.runtime.counts import Counts
 from relax_llm.runtime.execution import Execution, Knowledge
+from relax_llm.runtime.interface import Likeliest
 from relax_llm.runtime.interpreter import Interpreter
 from relax_llm.runtime.launch import LIMIT
 from relax_llm.runtime.limits import limits as machine_limits
@@ -130,7 +131,7 @@ class Runner:
             raise InputError(f'output must be "last", "all" or "hidden", not {output!r}.')
         ids, flat = self._ids(state, token_ids)
         function = _FUNCTIONS[output]
-        return _shaped(function, self._call(function, state, ids), flat)
+        return _shaped(function, vm.numpy(self._call(function, state, ids)), flat)
 
     def decode(self, state: State, token_id: int | Sequence[int] | npt.NDArray[np.integer[Any]]) -> Floats:
         """Append one token to each sequence of a state.
@@ -147,7 +148,38 @@ class Runner:
             ContextLengthError: The context is full.
         """
         ids, flat = self._next_ids(state, token_id)
-        return _shaped("decode", self._call("decode", state, ids), flat)
+        return _shaped("decode", vm.numpy(self._call("decode", state, ids)), flat)
+
+    def greedy(self, state: State, token_ids: int | TokenIds) -> Likeliest:
+        """Append tokens to a state and give the likeliest one to follow; the logits stay in the library.
+
+        ::
+
+            token_id, _ = runner.greedy(state, prompt_ids)
+            while token_id != end:
+                token_id, _ = runner.greedy(state, token_id)
+
+        Args:
+            state: Grows by the tokens; unchanged when the call fails.
+            token_ids: One id, [seq], or [batch, seq].
+
+        Returns:
+            The token and its logit; of a batch [batch] of each.
+
+        Raises:
+            InputError: No tokens, ids outside the vocabulary, or another batch than the state's.
+            ContextLengthError: The tokens do not fit.
+        """
+        array = _array(token_ids)
+        ids, flat = self._ids(state, array[None] if array.ndim == 0 else array)
+        logits = self._call("decode" if ids.shape[1] == 1 else "prefill", state, ids)  # [batch, 1, vocab]
+        sizes = {"batch": ids.shape[0], "seq": 1, "kv_len": state.length}
+        found = vm.numpy(self._run("greedy", sizes, (logits,)))[:, 0, 0]
+        values = vm.numpy(logits)
+        if flat:
+            token_id = int(found[0])
+            return Likeliest(token_id, float(values[0, 0, token_id]))
+        return Likeliest(found, values[np.arange(len(found)), 0, found])
 
     def generate(
         self,
@@ -360,24 +392,30 @@ class Runner:
         """
         if not isinstance(function, str) or function not in self._functions:
             raise InputError(f"There is no function {function!r}; there are: {', '.join(self._functions)}.")
+        if function == "greedy":
+            raise InputError("greedy is a function of logits, not of tokens; Runner.greedy calls it.")
         ids, flat = self._next_ids(state, token_ids) if function == "decode" else self._ids(state, token_ids)
-        return self._stepped(function, state, ids, lambda result: _shaped(function, result, flat))
+        return self._stepped(function, state, ids, lambda result: _shaped(function, vm.numpy(result), flat))
 
     def _stepped(
-        self, function: str, state: State, ids: npt.NDArray[np.int32], shaped: Callable[[Floats], Floats]
+        self, function: str, state: State, ids: npt.NDArray[np.int32], shaped: Callable[[Any], Any]
     ) -> Steps:
         sizes, arguments = self._arguments(state, ids)
         begun = state.length
 
-        def finish(result: Any) -> Floats:
+        def finish(result: Any) -> Any:
             if state.length != begun:
                 raise InputError(
                     f"The state had {begun} tokens when these steps began and has {state.length} now; begin again."
                 )
             state.append(ids)
-            return shaped(vm.numpy(result))
+            return shaped(result)
 
-        caches, weights = arguments[2:]
+        return self._begun(function, sizes, arguments, finish)
+
+    def _begun(
+        self, function: str, sizes: dict[str, int], arguments: Sequence[Any], finish: Callable[[Any], Any]
+    ) -> Steps:
         with self._running:
             if self._interpreter is None:
                 self._interpreter = Interpreter(self._machine)
@@ -389,7 +427,7 @@ class Runner:
                 not self._control.chooses,
                 self._control,
                 self.breakpoints,
-                lambda: self._named(caches, weights),
+                lambda: self._named(*arguments[2:]),
             )
         execution = Execution(function, sizes, knowledge, self._machine, self._running)
         return Steps(self._interpreter, self._interpreter.start(function, *arguments), execution, finish)
@@ -411,28 +449,43 @@ class Runner:
                     names[argument.name.rpartition(".")[0]][argument.name] = None
         return [name for at in names.values() for name in at]
 
-    def _named(self, caches: Any, weights: Any) -> dict[str, Any]:
+    def _named(self, caches: Any = (), weights: Any = ()) -> dict[str, Any]:
         """The tensors of a call that have names."""
+        if not weights:  # of a function that is given none
+            return {}
         known = zip([weight.name for weight in self.artifact.manifest.weights], weights, strict=True)
         return dict(known) | dict(zip(self._cache_names, caches, strict=True))
 
-    def _call(self, function: str, state: State, ids: npt.NDArray[np.int32]) -> Floats:
-        if self._recording is not None:
-            if self._shadows:
-                raise InputError("A shadow makes launches twice; record outside of runner.shadow.")
-            return recorded(self._stepped(function, state, ids, lambda result: result), self._recording)
-        if self._shadows:
-            return through(self._stepped(function, state, ids, lambda result: result), self._shadows)
+    def _call(self, function: str, state: State, ids: npt.NDArray[np.int32]) -> Any:
+        """Append tokens; what the function gives, a tensor."""
+        if self._recording is not None or self._shadows:
+            return self._by_launch(self._stepped(function, state, ids, lambda result: result))
         sizes, arguments = self._arguments(state, ids)
+        result = self._plainly(function, sizes, arguments)
+        state.append(ids)
+        return result
+
+    def _run(self, function: str, sizes: dict[str, int], arguments: Sequence[Any]) -> Any:
+        """Call a function that changes no state; what it gives, a tensor."""
+        if self._recording is not None or self._shadows:
+            return self._by_launch(self._begun(function, sizes, arguments, lambda result: result))
+        return self._plainly(function, sizes, arguments)
+
+    def _plainly(self, function: str, sizes: dict[str, int], arguments: Sequence[Any]) -> Any:
         with self._running:
             if self._tracer.active:
-                result = self._tracer.call(function, sizes, *arguments)
-            elif self._control.active:
-                result = self._control.call(function, sizes, *arguments)
-            else:
-                result = self._functions[function](*arguments)
-        state.append(ids)
-        return vm.numpy(result)
+                return self._tracer.call(function, sizes, *arguments)
+            if self._control.active:
+                return self._control.call(function, sizes, *arguments)
+            return self._functions[function](*arguments)
+
+    def _by_launch(self, steps: Steps) -> Any:
+        """Make all launches of a call for those who look at each."""
+        if self._recording is None:
+            return through(steps, self._shadows)
+        if self._shadows:
+            raise InputError("A shadow makes launches twice; record outside of runner.shadow.")
+        return recorded(steps, self._recording)
 
     def _arguments(
         self, state: State, ids: npt.NDArray[np.int32]

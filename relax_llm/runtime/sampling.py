@@ -15,6 +15,8 @@ from relax_llm.runtime.sampling_options import SamplingOptions
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from relax_llm.runtime.interface import Likeliest
+
 __all__ = ["Choice", "Sampler", "SamplingOptions", "TokenLogprob"]
 
 Float32 = npt.NDArray[np.float32]
@@ -88,7 +90,7 @@ class Sampler:
             RelaxLLMError: The logits have NaN or infinity in them, or rule out every token.
         """
         logits, best = self._checked(logits)
-        if self._scores is None and self.options.logprobs is None:
+        if self.takes_likeliest:
             token_id, choice = best, Choice(best)
         else:
             with np.errstate(all="ignore"):  # what leaves float32's range is refused, or is a weight of 0
@@ -97,6 +99,21 @@ class Sampler:
         self._chosen += 1
         self._remember(token_id)
         return choice
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the token with the largest logit is chosen and nothing else is asked, so that `take` will do."""
+        return self._scores is None and self.options.logprobs is None
+
+    def take(self, likeliest: Likeliest) -> Choice:
+        """Choose the likeliest token, found elsewhere, as `choose` would; only where `takes_likeliest`.
+
+        Raises:
+            RelaxLLMError: As for `choose`.
+        """
+        self._refuse_broken(likeliest.logit)
+        self._chosen += 1
+        return Choice(likeliest.token_id)
 
     def probabilities(self, logits: Float32) -> npt.NDArray[np.float64]:
         """The distribution that `choose` would draw from; nothing is drawn or counted.
@@ -129,8 +146,7 @@ class Sampler:
         if logits.shape != (self.vocab_size,):
             raise InputError(f"The logits have shape {logits.shape}; expected ({self.vocab_size},).")
         best = int(logits.argmax())  # the first NaN where there is one
-        if not math.isfinite(logits[best]):
-            raise RelaxLLMError(self._why_broken(float(logits[best])))
+        self._refuse_broken(float(logits[best]))
         return logits, best
 
     def _pick(self, logits: Float32, scores: Float32) -> int:
@@ -216,10 +232,12 @@ class Sampler:
                     f"Token ids go from 0 to {self.vocab_size - 1} with this model, and {who} {token_id}."
                 )
 
-    def _why_broken(self, worst: float) -> str:
+    def _refuse_broken(self, worst: float) -> None:
+        if math.isfinite(worst):
+            return
         which = "the first new token" if self._chosen == 0 else f"new token {self._chosen + 1}"
         what = "rule out every token (all are -inf)" if worst == -math.inf else f"contain {worst}"
-        return (
+        raise RelaxLLMError(
             f"The model's logits for {which} {what}, so no token can be chosen. Look for NaN or infinity in "
             "the checkpoint's weights, or for a kernel of your own that computes it."
         )

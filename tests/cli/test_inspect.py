@@ -78,7 +78,7 @@ def test_costs_at_some_sizes(call: Callable[..., Outcome], artifact: Path, manif
     assert f"decode at batch=2, kv_len=100, seq=1: {len(launched)} launches, {quantity(flops, 'flop')}" in out
 
 
-@pytest.mark.parametrize("function", ["decode", "prefill", "logits", "hidden"])
+@pytest.mark.parametrize("function", ["decode", "prefill", "logits", "hidden", "greedy"])
 def test_launches_come_in_order(
     call: Callable[..., Outcome], artifact: Path, manifest: Manifest, function: str
 ) -> None:

@@ -305,7 +305,7 @@ def test_manifests_that_say_nothing(
     [
         (
             ["--function", "encode"],
-            "There is no function 'encode'; the functions are decode, hidden, logits, prefill.",
+            "There is no function 'encode'; the functions are decode, greedy, hidden, logits, prefill.",
         ),
         (["--at", "batch=1"], "--at does not say how large kv_len is; the sizes are batch, kv_len, seq."),
         (["--at", "batch=0,kv_len=3"], "batch is '0'; it must be a whole number, 1 or above."),
@@ -380,7 +380,7 @@ def test_a_model_that_computes_nan(
     def explode(*_: object, **__: object) -> None:
         raise rl.RelaxLLMError("The model computes NaN.")
 
-    monkeypatch.setattr(rl.Runner, "prefill", explode)
+    monkeypatch.setattr(rl.Runner, "greedy", explode)
     done = call("generate", artifact, "Hello")
     assert (done.code, done.out) == (2, "")
     assert done.err.endswith("error: The model computes NaN.\n")

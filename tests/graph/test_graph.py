@@ -36,7 +36,7 @@ from tests.tracing.traces import HOSTILE
 if TYPE_CHECKING:
     from pathlib import Path
 
-FUNCTIONS = ("prefill", "decode", "logits", "hidden")
+FUNCTIONS = ("prefill", "decode", "logits", "hidden", "greedy")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from relax_llm.errors import ContextLengthError, InputError
+from relax_llm.runtime.interface import Likeliest
 from relax_llm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class FakeRunner:
         self.generation_config = dict(generation_config or {})
         self.says = says
         self.evaluated: list[int] = []  # tokens of each call
+        self.taken = 0  # calls of `greedy`
         self._embedding = random.normal(size=(self.vocab_size, 16))
         self._recurrent = random.normal(size=(16, 16)) / 3
         self._head = random.normal(size=(self.vocab_size, 16))
@@ -123,6 +125,12 @@ class FakeRunner:
 
     def decode(self, state: FakeState, token_id: int) -> npt.NDArray[np.float32]:
         return self.prefill(state, [token_id])
+
+    def greedy(self, state: FakeState, token_ids: Sequence[int]) -> Likeliest:
+        self.taken += 1
+        logits = self.prefill(state, token_ids)
+        token_id = int(logits.argmax())
+        return Likeliest(token_id, float(logits[token_id]))
 
 
 def speaker(

@@ -39,16 +39,19 @@ class LiftWeights:
         def decode(token_ids, kv_len, caches, weights):
             q_proj+k_proj+v_proj = weights[1]      # tiled32(concat(wq, wk, wv))
             qkv = R.call_tir(matmul_n960_k576, (x, q_proj+k_proj+v_proj))
+
+    A function without caches and weights stays as it is.
     """
 
     def __call__(self, mod: IRModule) -> IRModule:
         """Rewrite every function; the recipes become a module attribute, read back by `weight_recipes`."""
         edit = Edit(mod)
+        entries = [line for line in edit.lines if CACHES in (line.attrs or {})]
         recipes: dict[Recipe, relax.Type] = {}
-        lifted = [_lift(line, recipes) for line in edit.lines]
+        lifted = [_lift(line, recipes) for line in entries]
         order = {recipe: index for index, recipe in enumerate(recipes)}
         weights_type = relax.TupleType(list(recipes.values()))
-        for line, variables in zip(edit.lines, lifted, strict=True):
+        for line, variables in zip(entries, lifted, strict=True):
             _gather(line, variables, order, weights_type)
         return edit.module().with_attr(WEIGHTS, [to_json(recipe) for recipe in recipes])
 
