@@ -19,6 +19,7 @@ from relax_llm.compiler.passes.hide_internal import HideInternal
 from relax_llm.compiler.passes.legalize import Legalize
 from relax_llm.compiler.passes.lift_weights import LiftWeights
 from relax_llm.compiler.passes.schedule_rest import ScheduleRest
+from relax_llm.compiler.passes.select_elementwise import SelectElementwise
 from relax_llm.compiler.passes.select_kernels import SelectKernels
 from relax_llm.compiler.planner import Planner
 from relax_llm.errors import CompileError
@@ -212,6 +213,7 @@ def pipeline() -> Pipeline:
             Standard(theirs.AnnotateTIROpPattern),
             Standard(theirs.FuseOps),
             Standard(theirs.FuseTIR),
+            Standard(SelectElementwise, "planner"),  # arithmetic on single elements has a kernel, too
             Standard(ScheduleRest, "machine"),  # no plain loop stays
             Launches(),
             Standard(theirs.ToNonDataflow),

@@ -32,6 +32,7 @@ LOGITS = 1e-2
 
 _GATED = 4.0  # A product's largest result is smaller than the product of its factors' largest.
 _SCORE = 16.0  # Magnitude of the terms of an attention score: what is missed of it is missed in the exponent.
+_POWER = 64.0  # Magnitude of an exponent that still counts in a sum of exponentials.
 _TABLE = 6e-7  # Twice the error of a float32 cosine.
 
 
@@ -58,7 +59,9 @@ def _computing(operator: str, problem: Mapping[str, Any], kv_len: int) -> float:
         return 8 * UNIT + (_TABLE if problem.get("rope") else 0.0)
     if operator == "rope_table":
         return _TABLE + 2 * UNIT * kv_len  # the angle is a product with the position, rounded
-    return 8 * UNIT if operator == "fused" else 0.0
+    if operator == "softmax":
+        return 2 * UNIT * (_summed(problem["width"]) + _POWER)
+    return 8 * UNIT if operator in ("fused", "elementwise") else 0.0
 
 
 def _storing(operator: str, problem: Mapping[str, Any], formats: tuple[str, str]) -> float:

@@ -54,7 +54,7 @@ def overwrite(launch: Launch, values: Sequence[Array | None]) -> None:
 
 def residual_of(launch: Launch, problem: Mapping[str, Any]) -> Array | None:
     """What a launch adds to; None where it adds to nothing."""
-    if not problem.get("residual") and launch.operator != "fused":
+    if not problem.get("residual") and launch.operator not in ("fused", "elementwise"):
         return None
     shape = launch.outputs[0].shape
     said = [operand.value for operand in launch.arguments if operand.role == "activation"]

@@ -11,7 +11,7 @@ from relax_llm.compiler.architectures import find
 from relax_llm.compiler.build import construct
 from relax_llm.compiler.export import export
 from relax_llm.compiler.parameters import match
-from relax_llm.compiler.passes.select_kernels import SelectKernels
+from relax_llm.compiler.passes.schedule_rest import ScheduleRest
 from relax_llm.compiler.pipeline import pipeline, run
 from relax_llm.compiler.planner import Choice, Planner
 from relax_llm.compiler.storage import Storage
@@ -80,10 +80,9 @@ def of_checkpoint(checkpoint: Checkpoint, architecture: Any, survey: Survey, pro
     with progress.task("Tracing", 1):
         mod = export(decoder, survey.machine)
     standard = pipeline()
-    steps = standard[: standard.position(SelectKernels)].bind(survey)
-    with progress.task("Passes", len(steps) + 1) as advance:
-        mod = run(mod, steps, lambda *_: advance(1))
-        SelectKernels(survey)(mod)
+    steps = standard[: standard.position(ScheduleRest)].bind(survey)  # behind it nothing is chosen
+    with progress.task("Passes", len(steps)) as advance:
+        run(mod, steps, lambda *_: advance(1))
 
 
 def of_artifact(artifact: Artifact, survey: Survey) -> None:

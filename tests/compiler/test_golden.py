@@ -9,13 +9,18 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from tvm import IRModule
+from tvm import IRModule, relax, tirx
 
 from relax_llm.compiler.passes.hide_internal import HideInternal
+from relax_llm.compiler.passes.schedule_rest import ScheduleRest
+from relax_llm.compiler.passes.select_elementwise import SelectElementwise
+from relax_llm.compiler.planner import Planner
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.inner import INTERNAL
+from relax_llm.kernels.machine import machine
+from relax_llm.kernels.problem import problem_of
 
-from .modules import after, before, functions_of, kernels_of, stages, text_of
+from .modules import TARGET, after, before, functions_of, kernels_of, stages, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,19 +41,56 @@ def test_pass(golden: Callable[[str, str], None], name: str, model: str) -> None
     golden(f"{model}-{name}", text)
 
 
+def _fused(make: Callable[[relax.Expr], relax.Expr]) -> IRModule:
+    """A function of x [batch, seq, 96], after TVM's own lowering and fusion."""
+    builder, batch, seq = relax.BlockBuilder(), tirx.Var("batch", "int64"), tirx.Var("seq", "int64")
+    x = relax.Var("x", relax.TensorType([batch, seq, 96], "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            result = builder.emit_output(make(x))
+        builder.emit_func_output(result)
+    mod, theirs = builder.get(), relax.transform
+    for step in (theirs.LegalizeOps(), theirs.AnnotateTIROpPattern(), theirs.FuseOps(), theirs.FuseTIR()):
+        mod = step(mod)
+    return mod
+
+
+def test_select_elementwise(golden: Callable[[str, str], None]) -> None:
+    def gate(x: relax.Expr) -> relax.Expr:
+        parts = relax.op.split(x, 2, axis=-1)
+        return relax.op.multiply(relax.op.nn.silu(parts[0]), parts[1])
+
+    mod = _fused(gate)
+    made = SelectElementwise(Planner(machine(TARGET)))(mod)
+    ((name, plain),) = kernels_of(mod).items()
+    ((_, kernel),) = kernels_of(made).items()
+    golden(
+        "SelectElementwise",
+        f"# before\n\n{text_of(mod['main'])}\n# {name}\n\n{text_of(plain)}\n\n"
+        f"# after\n\n{text_of(made['main'])}\n# solves {problem_of(kernel)}\n",
+    )
+
+
 @families
-def test_schedule_rest(golden: Callable[[str, str], None], model: str) -> None:
-    """The kernels that are plain loops until here; the functions that call them do not change."""
+def test_no_model_leaves_plain_loops_to_schedule(model: str) -> None:
     old, new = before(model, "ScheduleRest"), after(model, "ScheduleRest")
-    plain = [
-        name
-        for name, func in sorted(kernels_of(old).items())
-        if "tirx.is_scheduled" not in (func.attrs or {})
-    ]
-    parts = [f"# before\n\n{text_of(old[name])}\n\n# after\n\n{text_of(new[name])}" for name in plain]
-    golden(f"{model}-ScheduleRest", "\n\n".join(parts) or "# every kernel is scheduled already\n")
+    assert all("tirx.is_scheduled" in func.attrs for func in kernels_of(old).values())
     for name, function in functions_of(old).items():
         assert text_of(function) == text_of(new[name])
+
+
+def test_schedule_rest(golden: Callable[[str, str], None]) -> None:
+    """What is no arithmetic on single elements: here halves of rows change places."""
+
+    def turn(x: relax.Expr) -> relax.Expr:
+        return relax.op.concat([relax.op.strided_slice(x, [2], [at], [at + 48]) for at in (48, 0)], axis=2)
+
+    mod, on = _fused(turn), machine(TARGET)
+    assert text_of(SelectElementwise(Planner(on))(mod)["main"]) == text_of(mod["main"])
+    ((name, plain),) = kernels_of(mod).items()
+    golden(
+        "ScheduleRest", f"# before\n\n{text_of(plain)}\n\n# after\n\n{text_of(ScheduleRest(on)(mod)[name])}"
+    )
 
 
 def _double() -> None:

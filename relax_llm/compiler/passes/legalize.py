@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from tvm import IRModule, relax
+from tvm import IRModule, relax, tirx
 
 from relax_llm.compiler.bindings import Edit, is_op, typed
 from relax_llm.kernels.library import build
@@ -12,11 +12,12 @@ from relax_llm.kernels.lookup import Embedding
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.norm import Norm
 from relax_llm.kernels.problem import Problem
+from relax_llm.kernels.softmax import Softmax
 
 
 @dataclass(frozen=True)
 class Legalize:
-    """Replace norms and embedding lookups by their kernels; what has none is left to TVM's own legalization.
+    """Replace norms, softmax and embedding lookups by their kernels; what has none is left to TVM's own legalization.
 
     Before::
 
@@ -82,8 +83,18 @@ def _take(call: relax.Call) -> _Found:
     return Embedding(rows, hidden), [ids, table]
 
 
+def _softmax(call: relax.Call) -> _Found:
+    (x,) = call.args
+    shape = x.ty.shape
+    static = len(shape) == 3 and isinstance(shape[2], tirx.IntImm) and str(x.ty.dtype) == "float32"
+    if not static or not _is_last_axis([int(call.attrs.axis)], 3):
+        return None
+    return Softmax(int(shape[2])), [x]
+
+
 _OPERATORS: dict[str, Callable[[relax.Call], _Found]] = {
     "relax.nn.rms_norm": _rms_norm,
     "relax.nn.layer_norm": _layer_norm,
+    "relax.nn.softmax": _softmax,
     "relax.take": _take,
 }

@@ -16,6 +16,7 @@ from relax_llm.kernels.gpu import launched
 from relax_llm.kernels.layout import Layout, Packed, Plain
 from relax_llm.kernels.library import build
 from relax_llm.kernels.lookup import Embedding
+from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul import Matmul
 from relax_llm.kernels.matmul.epilogue import epilogue, epilogue_operands
 from relax_llm.kernels.problem import Problem
@@ -71,7 +72,7 @@ class SelectKernels:
                     stored = self.planner.storage.format(_sources(line, weight), problem.n)
                     rounded = "int8" if isinstance(FORMATS[stored], Blocks) else None
                     problem = changed_copy(problem, weight_format=stored, activations=rounded)
-                    choice = self.planner.choose(problem, _site(line, [weight], problem))
+                    choice = self.planner.choose(problem, site(line, [weight], problem))
                     # A GPU's kernels mostly read the weight as it is, as an embedding may beside them.
                     as_is = self.planner.machine.is_gpu and isinstance(choice.layout, Plain)
                     packed = None if as_is else choice.layout
@@ -82,14 +83,14 @@ class SelectKernels:
             for index, problem, call in _launches(line, problems):
                 if not isinstance(problem, Matmul):
                     problem, layout = self._table(line, problem, call, shared)
-                    choice = self.planner.choose(problem, _site(line, list(call.args[1]), problem))
+                    choice = self.planner.choose(problem, site(line, list(call.args[1]), problem))
                     chosen[line.name, index] = problem, choice, layout
         installed: dict[str, ir.GlobalVar] = {}
         for line in edit.lines:
             for index, _, call in reversed(list(_launches(line, problems))):
                 problem, choice, layout = chosen[line.name, index]
                 if choice.name not in installed:
-                    installed[choice.name] = self._install(edit, problem, choice)
+                    installed[choice.name] = install(edit, self.planner.machine, problem, choice)
                 kernel, operands = installed[choice.name], list(call.args[1])
                 before = []
                 if layout is not None:
@@ -117,46 +118,48 @@ class SelectKernels:
             return problem, None
         return changed_copy(problem, layout=layout.name), layout
 
-    def _install(self, edit: Edit, problem: Problem, choice: Choice) -> ir.GlobalVar:
-        """The function that the model calls: the one built-in kernel, or a dispatcher over several."""
-        if not choice.realized:
-            return edit.kernel(choice.name, partial(build, problem, self.planner.machine))
-        if self.planner.machine.is_gpu:
-            (only,) = choice.realized.values()
-            whole = partial(launched, problem, only.func, only.operands, choice.layout, choice.name)
-            return edit.kernel(choice.name, whole)
-        branches = []
-        for realized in choice.realized.values():
-            kernel, sizes = self._callee(edit, realized)
-            rest = None
-            if (
-                isinstance(problem, Matmul)
-                and isinstance(realized.problem, Matmul)
-                and realized.problem != problem
-            ):
-                name = f"epilogue_{problem.name}__{realized.problem.name}"
-                left = epilogue(problem, realized.problem, name)
-                var, func, _ = internal(left, epilogue_operands(problem, realized.problem), name)
-                rest = edit.called(var, func)
-            branches.append(
-                Branch(realized.kernel.name, realized.problem, realized.operands, sizes, kernel, rest)
-            )
-        edit.kernel(
-            choice.name + OPEN_SUFFIX, partial(open_dispatcher, problem, choice.layout, branches, choice.name)
+
+def install(edit: Edit, machine: Machine, problem: Problem, choice: Choice) -> ir.GlobalVar:
+    """The function that the model calls: the one built-in kernel, or a dispatcher over several."""
+    if not choice.realized:
+        return edit.kernel(choice.name, partial(build, problem, machine))
+    if machine.is_gpu:
+        (only,) = choice.realized.values()
+        whole = partial(launched, problem, only.func, only.operands, choice.layout, choice.name)
+        return edit.kernel(choice.name, whole)
+    branches = []
+    for realized in choice.realized.values():
+        kernel, sizes = _callee(edit, realized)
+        rest = None
+        if (
+            isinstance(problem, Matmul)
+            and isinstance(realized.problem, Matmul)
+            and realized.problem != problem
+        ):
+            name = f"epilogue_{problem.name}__{realized.problem.name}"
+            left = epilogue(problem, realized.problem, name)
+            var, func, _ = internal(left, epilogue_operands(problem, realized.problem), name)
+            rest = edit.called(var, func)
+        branches.append(
+            Branch(realized.kernel.name, realized.problem, realized.operands, sizes, kernel, rest)
         )
-        return edit.kernel(
-            choice.name, partial(dispatcher, problem, choice.layout, branches, choice.ranges, choice.name)
-        )
-
-    def _callee(self, edit: Edit, realized: Realized) -> tuple[ir.GlobalVar | str, tuple[str, ...]]:
-        """What a dispatcher calls for a kernel, and the sizes that it takes behind its operands."""
-        if realized.python is not None:
-            return PREFIX + realized.symbol, tuple(sizes_of(realized.operands))
-        var, func, sizes = internal(realized.func, realized.operands, realized.symbol)
-        return edit.called(var, func), sizes
+    edit.kernel(
+        choice.name + OPEN_SUFFIX, partial(open_dispatcher, problem, choice.layout, branches, choice.name)
+    )
+    return edit.kernel(
+        choice.name, partial(dispatcher, problem, choice.layout, branches, choice.ranges, choice.name)
+    )
 
 
-def _site(line: Line, operands: list[relax.Expr], problem: Problem) -> str:
+def _callee(edit: Edit, realized: Realized) -> tuple[ir.GlobalVar | str, tuple[str, ...]]:
+    """What a dispatcher calls for a kernel, and the sizes that it takes behind its operands."""
+    if realized.python is not None:
+        return PREFIX + realized.symbol, tuple(sizes_of(realized.operands))
+    var, func, sizes = internal(realized.func, realized.operands, realized.symbol)
+    return edit.called(var, func), sizes
+
+
+def site(line: Line, operands: list[relax.Expr], problem: Problem) -> str:
     """The place that the first weight or cache among operands names; what has neither is a place of its own."""
     for operand in operands:
         names = _sources(line, operand)
@@ -172,6 +175,11 @@ def _sources(line: Line, operand: relax.Expr) -> list[str]:
 
     def sources(var: relax.Expr) -> list[str]:
         if any(param.same_as(var) for param in stored):
+            return [var.name]
+        definition = definitions.get(var)  # where weights are lifted already, an item of their tuple
+        if isinstance(definition, relax.TupleGetItem) and any(
+            param.same_as(definition.tuple_value) for param in stored
+        ):
             return [var.name]
         if var not in definitions or is_launch(definitions[var]):
             return []

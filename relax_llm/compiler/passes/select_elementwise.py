@@ -1,0 +1,49 @@
+"""What TVM fused of a model's arithmetic on single elements gives way to kernels."""
+
+from dataclasses import dataclass
+
+from tvm import IRModule, relax
+from tvm.tirx import PrimFunc
+
+from relax_llm.compiler.bindings import Edit, is_launch, typed
+from relax_llm.compiler.described import described
+from relax_llm.compiler.passes.select_kernels import install, site
+from relax_llm.compiler.planner import Planner
+from relax_llm.kernels.problem import problem_of
+
+
+@dataclass(frozen=True)
+class SelectElementwise:
+    """Call the kernels that serve what is arithmetic on single elements; other plain loops stay as they are.
+
+    Before::
+
+        y = R.call_tir(fused_divide_tanh_multiply, (x,))
+
+    After::
+
+        y = R.call_tir(elementwise_div_tanh_mul_255b5b2a, (x,))        # tanh(a / 30.0) * 30.0
+
+    Attributes:
+        planner: Chooses the kernels, and keeps the choices for the plan.
+    """
+
+    planner: Planner
+
+    def __call__(self, mod: IRModule) -> IRModule:
+        """Replace the functions that can be described."""
+        edit = Edit(mod)
+        problems = {
+            var: described(func)
+            for var, func in mod.functions_items()
+            if isinstance(func, PrimFunc) and problem_of(func) is None
+        }
+        for line in edit.lines:
+            for index, var, expr in list(line):
+                problem = problems.get(expr.args[0]) if is_launch(expr) else None
+                if problem is None or len(expr.args) > 2:  # sizes that no tensor has come as a third argument
+                    continue
+                choice = self.planner.choose(problem, site(line, list(expr.args[1]), problem))
+                kernel = install(edit, self.planner.machine, problem, choice)
+                line.body[index] = (var, typed(relax.op.call_tir(kernel, expr.args[1], out_ty=var.ty)))
+        return edit.module()
