@@ -202,21 +202,34 @@ def test_what_was_recorded_before_an_error_is_kept(runner: rl.Runner, tmp_path: 
     assert runner.decode(state, 1).shape == (37,)
 
 
+class _Full:
+    """A file on a full disk, which says so again when it is closed."""
+
+    def write(self, data: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self) -> None:
+        self.write(b"")
+
+
 def test_a_full_disk_is_a_sentence(
     runner: rl.Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def record(path: Path) -> None:
+        with runner.recording(path, site=DOWN):
+            runner.prefill(runner.start(), IDS)
 
-    monkeypatch.setattr("shutil.copyfileobj", full)
-    with (
-        pytest.raises(RecordingError, match="cannot be written: No space left"),
-        runner.recording(tmp_path / "x.rec", site=DOWN),
-    ):
-        runner.prefill(runner.start(), IDS)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfileobj", lambda source, target, size: _Full().write(b""))
+        with pytest.raises(RecordingError, match="cannot be written: No space left"):
+            record(tmp_path / "x.rec")
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.TemporaryFile", lambda **_: _Full())
+        with pytest.raises(RecordingError, match="cannot be written: No space left"):
+            record(tmp_path / "x.rec")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(RecordingError, match="No such file"), runner.recording(tmp_path / "no" / "x.rec"):
-        raise AssertionError
+    with pytest.raises(RecordingError, match="No such file"):
+        record(tmp_path / "no" / "x.rec")
 
 
 def test_another_file_is_not_overwritten(runner: rl.Runner, tmp_path: Path) -> None:

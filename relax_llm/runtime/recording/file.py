@@ -7,7 +7,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,8 @@ class Writer:
 
     def close(self) -> None:
         """Give back what was written, without a recording."""
-        self._file.close()
+        with suppress(OSError):  # of what was still to be written, on a full disk
+            self._file.close()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -149,7 +149,8 @@ def write_repro(
                 shutil.rmtree(target)
             made.rename(target)
     except OSError as error:
-        raise RecordingError(f"{target} cannot be written: {error.strerror or error}.") from error
+        reason = error.strerror or "there is no room for the tensors"  # which is all that NumPy does not tell
+        raise RecordingError(f"{target} cannot be written: {reason}.") from error
     return target / SCRIPT
 
 
