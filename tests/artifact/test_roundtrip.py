@@ -104,7 +104,7 @@ def test_what_the_manifest_says(artifact: rl.Artifact) -> None:
     assert [(c.site, c.kv_heads, c.head_dim) for c in manifest.caches] == [("layers.0.self_attn", 2, 6)]
     assert any("tokenizer" in note for note in manifest.notes), "a model without a tokenizer is worth a note"
     assert artifact.tokenizer is None
-    assert set(manifest.files) == {"lib.so", "plan.json", "weights.safetensors"}
+    assert set(manifest.files) == {"lib.so", "listings.zip", "plan.json", "weights.safetensors"}
 
 
 def test_weights_are_readable_by_the_safetensors_package(artifact: rl.Artifact) -> None:
