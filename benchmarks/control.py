@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 import relax_llm as rl
-from benchmarks.llm import smollm2
+from benchmarks.models import smollm2
 
 
 def main() -> None:

@@ -1,14 +1,20 @@
-/* What this processor can do at most, for longer than a moment: multiply-adds in registers, and reading memory.
+/* What this processor can do at most, for longer than a moment: multiply-adds in registers (of f32, of bf16 and of bytes
+ * with the vector instructions for them, and with those for tiles), and reading memory.
  *
- *     cc -O3 -march=native -ffp-contract=fast -pthread limits.c -o limits && ./limits THREADS
+ *     cc -O3 -march=native -ffp-contract=fast -pthread limits.c -o limits && ./limits THREADS [BYTES]
  *
- * One line of JSON.
+ * BYTES is how much memory is read again and again, by default more than caches hold. One line of JSON.
  */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #if defined(__AVX512F__)
 #define BYTES 64
@@ -25,7 +31,6 @@ typedef float vector __attribute__((vector_size(BYTES)));
 
 enum { LANES = BYTES / sizeof(float), STEPS = 2000000, REPEATS = 5 };
 
-/* Larger than last-level caches are. */
 static const size_t MEMORY = (size_t)1 << 30;
 
 typedef struct {
@@ -48,6 +53,73 @@ static void *multiply_add(void *argument) {
     EACH(ACCUMULATORS) own->result += sums[i];
     return NULL;
 }
+
+#if defined(__AVX512BF16__)
+static void *dot_bf16(void *argument) {
+    task *own = argument;
+    const __m512bh half = (__m512bh)_mm512_set1_epi16(0x3f00); /* 0.5 */
+    __m512 sums[ACCUMULATORS];
+    EACH(ACCUMULATORS) sums[i] = _mm512_set1_ps((float)i);
+    for (long step = 0; step < STEPS; step++) EACH(ACCUMULATORS) {
+            sums[i] = _mm512_dpbf16_ps(sums[i], half, half);
+            __asm__ volatile("" : "+v"(sums[i]));
+        }
+    own->result = own->half;
+    EACH(ACCUMULATORS) own->result += (vector)sums[i];
+    return NULL;
+}
+#endif
+
+#if defined(__AVX512VNNI__)
+static void *dot_int8(void *argument) {
+    task *own = argument;
+    const __m512i ones = _mm512_set1_epi8(1);
+    __m512i sums[ACCUMULATORS];
+    EACH(ACCUMULATORS) sums[i] = _mm512_set1_epi32(i);
+    for (long step = 0; step < STEPS; step++) EACH(ACCUMULATORS) {
+            sums[i] = _mm512_dpbusd_epi32(sums[i], ones, ones);
+            __asm__ volatile("" : "+v"(sums[i]));
+        }
+    own->result = own->half;
+    EACH(ACCUMULATORS) own->result += (vector)_mm512_cvtepi32_ps(sums[i]);
+    return NULL;
+}
+#endif
+
+#if defined(__AMX_TILE__) && defined(__linux__)
+enum { TILE_STEPS = STEPS / 16, TILES = 4, TILE_PRODUCTS = 16 * 16 * 16 * TILES };
+
+/* Linux gives a process tiles when it asks for them. */
+static int tiles(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+
+static void configure(void) {
+    struct { unsigned char palette, start, reserved[14]; unsigned short columns[16]; unsigned char rows[16]; } shapes = {1};
+    for (int i = 0; i < 8; i++) shapes.columns[i] = 64, shapes.rows[i] = 16;
+    __asm__ volatile("" : : "r"(&shapes) : "memory"); /* some compilers think that a part of it is read */
+    _tile_loadconfig(&shapes);
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); _tile_zero(4); _tile_zero(5);
+}
+
+static void *tile_bf16(void *argument) {
+    (void)argument;
+    configure();
+    for (long step = 0; step < TILE_STEPS; step++) {
+        _tile_dpbf16ps(0, 4, 5); _tile_dpbf16ps(1, 4, 5); _tile_dpbf16ps(2, 4, 5); _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_release();
+    return NULL;
+}
+
+static void *tile_int8(void *argument) {
+    (void)argument;
+    configure();
+    for (long step = 0; step < TILE_STEPS; step++) {
+        _tile_dpbssd(0, 4, 5); _tile_dpbssd(1, 4, 5); _tile_dpbssd(2, 4, 5); _tile_dpbssd(3, 4, 5);
+    }
+    _tile_release();
+    return NULL;
+}
+#endif
 
 static void *read_memory(void *argument) {
     task *own = argument;
@@ -93,21 +165,38 @@ int main(int count, char **arguments) {
     for (int i = 0; i < threads; i++)
         for (int lane = 0; lane < LANES; lane++) tasks[i].half[lane] = 0.5f;
     double compute = typical(multiply_add, tasks, threads);
-    double flops = 2.0 * STEPS * ACCUMULATORS * LANES * threads / compute;
+    double products = (double)STEPS * ACCUMULATORS * LANES * threads, flops = 2 * products / compute;
+    double bf16 = 0, int8 = 0, bf16_tiles = 0, int8_tiles = 0; /* 0 where there is no instruction */
+#if defined(__AVX512BF16__)
+    bf16 = 2 * 2 * products / typical(dot_bf16, tasks, threads);
+#endif
+#if defined(__AVX512VNNI__)
+    int8 = 2 * 4 * products / typical(dot_int8, tasks, threads);
+#endif
+    float seen = 0;
+    for (int i = 0; i < threads; i++) seen += tasks[i].result[0];
+#if defined(__AMX_TILE__) && defined(__linux__)
+    if (tiles()) {
+        double steps = (double)TILE_STEPS * TILE_PRODUCTS * threads;
+        bf16_tiles = 2 * 2 * steps / typical(tile_bf16, tasks, threads);
+        int8_tiles = 2 * 4 * steps / typical(tile_int8, tasks, threads);
+    }
+#endif
 
-    char *memory = aligned_alloc(4096, MEMORY);
-    if (!memory) return 1;
-    memset(memory, 0, MEMORY);
-    size_t share = MEMORY / threads / BYTES;
+    size_t size = count > 2 ? strtoull(arguments[2], NULL, 10) : MEMORY, share = size / threads / BYTES;
+    char *memory = aligned_alloc(4096, (size + 4095) / 4096 * 4096);
+    if (!memory || !share) return 1;
+    memset(memory, 0, size);
     for (int i = 0; i < threads; i++) {
         tasks[i].memory = (const vector *)memory + i * share;
         tasks[i].count = share;
     }
     double reading = typical(read_memory, tasks, threads);
 
-    float seen = 0;
     for (int i = 0; i < threads; i++) seen += tasks[i].result[0];
     fprintf(stderr, "%g\n", seen); /* so that no work is left out */
-    printf("{\"flops\": %.0f, \"bytes\": %.0f}\n", flops, (double)share * BYTES * threads / reading);
+    printf("{\"flops\": %.0f, \"bytes\": %.0f, ", flops, (double)share * BYTES * threads / reading);
+    printf("\"bf16\": %.0f, \"int8\": %.0f, ", bf16, int8);
+    printf("\"bf16_tiles\": %.0f, \"int8_tiles\": %.0f}\n", bf16_tiles, int8_tiles);
     return 0;
 }

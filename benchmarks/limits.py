@@ -18,10 +18,18 @@ class Limits:
     Attributes:
         flops: f32 operations in a second; a multiply-add counts as two.
         bytes: Bytes read from memory in a second.
+        bf16: Operations of the vector instructions for products of bf16; 0 where there are none.
+        int8: Of those for products of bytes.
+        bf16_tiles: Of the instructions for products of whole tiles (AMX), in bf16;
+        int8_tiles: and in bytes.
     """
 
     flops: float
     bytes: float
+    bf16: float = 0
+    int8: float = 0
+    bf16_tiles: float = 0
+    int8_tiles: float = 0
 
 
 class LimitsProgram:
@@ -47,7 +55,12 @@ class LimitsProgram:
     def __exit__(self, *_: object) -> None:
         self._directory.cleanup()
 
-    def measure(self) -> Limits:
-        """Run it: about a second, on all threads."""
-        done = subprocess.run([str(self._program), str(self._threads)], capture_output=True, check=True)
+    def measure(self, memory: int = 1 << 30) -> Limits:
+        """Run it: about a second, on all threads.
+
+        Args:
+            memory: Bytes that are read again and again; caches can hold less than a gigabyte of them.
+        """
+        command = [str(self._program), str(self._threads), str(memory)]
+        done = subprocess.run(command, capture_output=True, check=True)
         return Limits(**json.loads(done.stdout))

