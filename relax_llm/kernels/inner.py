@@ -27,7 +27,7 @@ _making = Lock()
 
 
 def inner(
-    name: str, key: tuple[object, ...], emit: Callable[[], None], *, entry: bool = False
+    name: str, key: tuple[object, ...], emit: Callable[[], None], *, entry: bool = True
 ) -> ir.GlobalVar:
     """The function of a name and key, to be called with `builder.call`; made on first use.
 
@@ -35,7 +35,8 @@ def inner(
         name: Its name in the library.
         key: What else it depends on.
         emit: Declares arguments with `pointer` and `number`, and emits the body.
-        entry: Let it be called from outside of the library, too, as NAME__entry.
+        entry: Let it be called from outside of the library, too, as NAME__entry. Do without only where all its calls
+            pass on the last number that another one with an entry was given: see `returning`.
     """
     whole = (name, *key)
     with _making:
@@ -90,7 +91,7 @@ def number(name: str) -> Expr:
 def complete(functions: Mapping[ir.GlobalVar, PrimFunc]) -> dict[ir.GlobalVar, PrimFunc]:
     """Functions and all that they call.
 
-    Of these some have an entry: otherwise LLVM concludes that what all callers give is always so, and sees through
+    With them come their entries: without, LLVM concludes that what all callers give is always so, and sees through
     `returning`.
     """
     whole = dict(functions)

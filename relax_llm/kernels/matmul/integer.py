@@ -209,7 +209,7 @@ def _tile(layout: TiledGroups, planes: int, rows: int, machine: Machine) -> ir.G
         for row, index, column, lanes in acc:
             b.store(sums, acc.get(row, index), row * apart + column, lanes=lanes)
 
-    return inner(f"multiply_int{8 * planes}_{layout.name}_rows{rows}", (machine,), emit)
+    return inner(f"multiply_int{8 * planes}_{layout.name}_rows{rows}", (machine,), emit, entry=False)
 
 
 def _add_group(

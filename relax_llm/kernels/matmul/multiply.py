@@ -56,7 +56,7 @@ def multiply(layout: Packed, stride: int, machine: Machine) -> ir.GlobalVar:
             with b.when(height == rows):
                 b.call(_tile(layout, stride, rows, machine), *given)
 
-    return inner(f"multiply_{layout.name}_stride{stride}", (machine,), emit, entry=True)
+    return inner(f"multiply_{layout.name}_stride{stride}", (machine,), emit)
 
 
 def _tile(layout: Packed, stride: int, rows: int, machine: Machine) -> ir.GlobalVar:
@@ -100,4 +100,4 @@ def _tile(layout: Packed, stride: int, rows: int, machine: Machine) -> ir.Global
         for row, index, column, lanes in acc:
             b.store(sums, acc.get(row, index), place(row, column), lanes=lanes)
 
-    return inner(f"multiply_{layout.name}_stride{stride}_rows{rows}", (machine,), emit)
+    return inner(f"multiply_{layout.name}_stride{stride}_rows{rows}", (machine,), emit, entry=False)
