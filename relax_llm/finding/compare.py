@@ -82,7 +82,8 @@ def compare(
             beside = runner_of(other) if other is not None else Runner(runner.artifact)
             check_alike(runner, beside)
             right = Beside(beside, beside.start())
-        return _compared(runner, right, work, bound, progress or Silent())
+        name = str(runner.artifact.path) + ("" if plan is None else f" by {_named(plan)}")
+        return _compared(name, runner, right, work, bound, progress or Silent())
 
 
 def runner_of(model: Model) -> Runner:
@@ -92,8 +93,17 @@ def runner_of(model: Model) -> Runner:
     return Runner(model if isinstance(model, Artifact) else load(Path(model).expanduser()))
 
 
+def _named(plan: Planned) -> str:
+    return os.fspath(plan) if isinstance(plan, str | os.PathLike) else "another plan"
+
+
 def _compared(
-    runner: Runner, reference: Reference, work: Workload, bound: float | None, progress: Progress
+    name: str,
+    runner: Runner,
+    reference: Reference,
+    work: Workload,
+    bound: float | None,
+    progress: Progress,
 ) -> Comparison:
     manifest = runner.artifact.manifest
     own, held = runner.start(), runner.start()
@@ -130,7 +140,7 @@ def _compared(
             advance(1)
     same = manifest.weight_format == reference.weights
     return Comparison(
-        str(runner.artifact.path),
+        name,
         reference.name,
         tuple(sites),
         tuple(calls),
