@@ -10,7 +10,9 @@ median over the rounds, and of ratios the median of those within a round.
 `pp` is the time to the first token of a prompt of so many tokens, `tg` that of each further token behind so many; both
 in tokens per second. Each prompt is new, so that no engine knows it from before. `of limit` is how close this project
 comes to what no program with the same instructions can beat: its flops at the speed of the vector instructions for
-them, or its bytes at the speed of reading as much memory (both counted from the artifact's manifest).
+them, or its bytes at the speed of reading as much memory (both counted from the artifact's manifest). `others` is the
+share of the processors that something else had while an engine was at work: where it is not small, the figures are
+those of a busy machine.
 """
 
 import argparse
@@ -149,9 +151,10 @@ class Table:
             return None
 
     def end(self) -> None:
-        """Note how much memory everybody took."""
+        """Note how much memory everybody took, and how much of the processors others did."""
         for worker in self._workers:
-            self.figures[worker.seat.name].peak_bytes = worker.peak_bytes()
+            figures = self.figures[worker.seat.name]
+            figures.peak_bytes, figures.others = worker.peak_bytes(), worker.others
 
 
 def seats_of(names: Iterable[str], weights: str) -> tuple[list[Seat], dict[str, str]]:

@@ -22,12 +22,14 @@ class Figures:
         load_seconds: From the import of the engine to where it takes a prompt.
         rates: Tokens per second in each round; None where it was not measured.
         peak_bytes: The most memory that its process had in use.
+        others: Which share of the processors others had during its turns.
         says: The beginning of its answer to a prompt of text.
     """
 
     load_seconds: float
     rates: dict[Case, list[float | None]] = field(default_factory=dict)
     peak_bytes: int = 0
+    others: float = 0
     says: str = ""
 
     def rate(self, case: Case) -> float | None:
@@ -105,17 +107,18 @@ class Report:
 
     def text(self) -> str:
         """The table, with what is missing under it."""
-        header = [self.weights, *map(str, self.cases), "load s", "peak MB"]
+        header = [self.weights, *map(str, self.cases), "load s", "peak MB", "others"]
         rows = [header]
         for name, figures in self.figures.items():
             rates = [_number(figures.rate(case)) for case in self.cases]
-            rows.append([name, *rates, f"{figures.load_seconds:.2f}", f"{figures.peak_bytes / MEGABYTE:.0f}"])
+            memory = f"{figures.peak_bytes / MEGABYTE:.0f}"
+            rows.append([name, *rates, f"{figures.load_seconds:.2f}", memory, f"{figures.others:.0%}"])
         if self.ours:
             rows.append([])
             ratios = [_number(self.ratio(case), ".2f", "x") for case in self.cases]
-            rows.append([f"{self.ours[0]} : best peer", *ratios, "", ""])
+            rows.append([f"{self.ours[0]} : best peer", *ratios, "", "", ""])
             shares = [_number(self.of_limit(case), ".0%") for case in self.cases]
-            rows.append([f"{self.ours[0]} of limit", *shares, "", ""])
+            rows.append([f"{self.ours[0]} of limit", *shares, "", "", ""])
         lines = [self.title, self._limits(), "", *_aligned(rows)]
         if self.prefill is not None:
             lines.append(f"prefill, geometric mean: {self.prefill:.2f}x of the best peer of each length")
@@ -136,6 +139,7 @@ class Report:
                 name: {
                     "load_seconds": figures.load_seconds,
                     "peak_bytes": figures.peak_bytes,
+                    "others": figures.others,
                     "tokens_per_second": {str(case): figures.rate(case) for case in self.cases},
                     "rounds": {str(case): rates for case, rates in figures.rates.items()},
                     "says": figures.says,

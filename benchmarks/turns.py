@@ -121,6 +121,7 @@ class Worker:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._log.unlink(missing_ok=True)
         self._patience = patience
+        self._others = self._had = 0.0  # seconds of processors during its turns: what others had, and all
         self._start(_prepare, seat, forms)
         path = self._take(LOADING)
         self.close()
@@ -175,15 +176,34 @@ class Worker:
             Unavailable: The engine failed or took too long. It has ended then.
         """
         time.sleep(PAUSE)
+        began, all_before, own_before = time.perf_counter(), _processors(), self._seconds()
         self._connection.send((list(token_ids), count))
         result: tuple[list[int], list[float]] = self._take(self._patience)
+        self._others += max(_processors() - all_before - (self._seconds() - own_before), 0)
+        self._had += (time.perf_counter() - began) * (os.cpu_count() or 1)
         return result
+
+    @property
+    def others(self) -> float:
+        """Which share of the processors other processes had, or the host of a virtual machine, during its turns."""
+        return min(self._others / self._had, 1) if self._had else 0
+
+    def _seconds(self) -> float:
+        """What the process has had of processors so far."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def peak_bytes(self) -> int:
         """The most memory that the process has had in use, with the pages of files that it has mapped and read."""
         status = Path(f"/proc/{self._process.pid}/status").read_text()
         line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
+
+
+def _processors() -> float:
+    """Seconds of all processors that anybody has had since the machine started."""
+    user, nice, system, _, _, interrupt, soft, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + interrupt + soft + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _logged(log: Path, connection: Connection, work: Any, *arguments: Any) -> None:

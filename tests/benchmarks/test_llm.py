@@ -170,6 +170,7 @@ def test_a_worker_answers_and_is_measured(forms: Forms) -> None:
             assert seconds[0] >= engines.TOKEN * (length + 1)
             assert all(later >= engines.TOKEN for later in seconds[1:])
         assert 1e6 < worker.peak_bytes() < 1e10
+        assert 0 <= worker.others <= 1
     log = forms.folder / "logs" / "Fake-counts.txt"
     assert "loaded counts 3 3" in log.read_text()
 
@@ -214,7 +215,7 @@ def report() -> Report:
     """Three rounds, the second of which is a slow one for all."""
 
     def figures(prefill: list[float | None], decode: list[float | None]) -> Figures:
-        return Figures(0.5, {PP: prefill, TG: decode}, 123_456_789, "one\ntwo")
+        return Figures(0.5, {PP: prefill, TG: decode}, 123_456_789, 0.034, "one\ntwo")
 
     return Report(
         "tiny on nothing",
@@ -248,10 +249,10 @@ def test_ratios_are_medians_within_rounds(report: Report) -> None:
 def test_the_table_says_it_all(report: Report) -> None:
     lines = report.text().split("\n")
     assert lines[1] == "limits: f32 1 GFLOP/s, int8 3; 2.0 GB/s read"
-    assert lines[3].split() == ["q8", "pp16", "tg32", "load", "s", "peak", "MB"]
-    rows = {line.split("  ")[0]: line.split()[-4:] for line in lines[4:8]}
-    assert rows["relax_llm 1.0 q8"] == ["300.0", "50.0", "0.50", "123"]
-    assert rows["Third 3 x"] == ["-", "5.0", "0.50", "123"]
+    assert lines[3].split() == ["q8", "pp16", "tg32", "load", "s", "peak", "MB", "others"]
+    rows = {line.split("  ")[0]: line.split()[-5:] for line in lines[4:8]}
+    assert rows["relax_llm 1.0 q8"] == ["300.0", "50.0", "0.50", "123", "3%"]
+    assert rows["Third 3 x"] == ["-", "5.0", "0.50", "123", "3%"]
     assert "relax_llm 1.0 q8 : best peer  1.22x  1.25x" in report.text()
     assert "  Third 3 x: pp16: it stopped" in lines
     assert "  Other 2.0 int8: 'one\\ntwo'" in lines
