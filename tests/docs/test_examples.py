@@ -31,7 +31,9 @@ NOT_RUN = {
     'pip install "relax-llm[hf] @ ."': "changes the environment that the tests run in",
     "relax-llm chat": "waits for a person",
     'relax-llm step path/to/checkpoint --prompt "The capital of France is"': "fills the screen",
-    "python -m benchmarks.llm         # a whole model, beside PyTorch": "takes minutes, and measures a quiet machine",
+    "python -m benchmarks.llm         # a whole model, beside llama.cpp, OpenVINO, PyTorch, ...": (
+        "takes minutes, and measures a quiet machine"
+    ),
 }
 """First lines of blocks that are not run, and why."""
 

@@ -36,7 +36,7 @@ from tests.tracing.traces import HOSTILE
 if TYPE_CHECKING:
     from pathlib import Path
 
-FUNCTIONS = ("prefill", "decode", "logits", "hidden", "greedy")
+FUNCTIONS = ("prefill", "decode", "logits", "hidden")
 
 
 @pytest.fixture(scope="module")
