@@ -15,7 +15,7 @@ from relax_llm.compiler.planner import Choice
 from relax_llm.compiler.recipes import Recipe, joined_name
 from relax_llm.kernels.operators import operator_of
 from relax_llm.kernels.problem import Problem, problem_of
-from relax_llm.layers.decoder import site_of
+from relax_llm.layers.decoder import site_of_weight
 
 
 def functions(mod: IRModule) -> dict[str, tuple[Launch, ...]]:
@@ -110,7 +110,7 @@ def _site(arguments: list[Argument], kernel: str) -> str:
     named = [argument for argument in arguments if argument.name and argument.role in ("weight", "cache")]
     if not named:
         return kernel
-    return site_of(named[0].name.rpartition(".")[0])
+    return site_of_weight(named[0].name)
 
 
 def _tensor(role: str, name: str, type_: Any) -> Argument:

@@ -62,6 +62,11 @@ def site_of(path: str) -> str:
     return path
 
 
+def site_of_weight(name: str) -> str:
+    """The place that a weight or cache belongs to; one that is in no layer is a place of its own."""
+    return site_of(name.rpartition(".")[0] or name)
+
+
 def _modules(root: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
     children: Iterator[tuple[str, Any]]
     if isinstance(root, nn.ModuleList):

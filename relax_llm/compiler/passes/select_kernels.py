@@ -20,7 +20,7 @@ from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul import Matmul
 from relax_llm.kernels.matmul.epilogue import epilogue, epilogue_operands
 from relax_llm.kernels.problem import Problem
-from relax_llm.layers.decoder import site_of
+from relax_llm.layers.decoder import site_of_weight
 from relax_llm.plan.python_kernel import PREFIX
 
 ENCODE = "relax_llm.encode."
@@ -72,7 +72,7 @@ class SelectKernels:
                     stored = self.planner.storage.format(_sources(line, weight), problem.n)
                     rounded = "int8" if isinstance(FORMATS[stored], Blocks) else None
                     problem = changed_copy(problem, weight_format=stored, activations=rounded)
-                    choice = self.planner.choose(problem, site(line, [weight], problem))
+                    choice = self.planner.choose(problem, _site(line, [weight], problem))
                     # A GPU's kernels mostly read the weight as it is, as an embedding may beside them.
                     as_is = self.planner.machine.is_gpu and isinstance(choice.layout, Plain)
                     packed = None if as_is else choice.layout
@@ -83,7 +83,7 @@ class SelectKernels:
             for index, problem, call in _launches(line, problems):
                 if not isinstance(problem, Matmul):
                     problem, layout = self._table(line, problem, call, shared)
-                    choice = self.planner.choose(problem, site(line, list(call.args[1]), problem))
+                    choice = self.planner.choose(problem, _site(line, list(call.args[1]), problem))
                     chosen[line.name, index] = problem, choice, layout
         installed: dict[str, ir.GlobalVar] = {}
         for line in edit.lines:
@@ -159,12 +159,12 @@ def _callee(edit: Edit, realized: Realized) -> tuple[ir.GlobalVar | str, tuple[s
     return edit.called(var, func), sizes
 
 
-def site(line: Line, operands: list[relax.Expr], problem: Problem) -> str:
+def _site(line: Line, operands: list[relax.Expr], problem: Problem) -> str:
     """The place that the first weight or cache among operands names; what has neither is a place of its own."""
     for operand in operands:
         names = _sources(line, operand)
         if names:
-            return site_of(joined_name(names).rpartition(".")[0])
+            return site_of_weight(joined_name(names))
     return problem.name
 
 
@@ -175,11 +175,6 @@ def _sources(line: Line, operand: relax.Expr) -> list[str]:
 
     def sources(var: relax.Expr) -> list[str]:
         if any(param.same_as(var) for param in stored):
-            return [var.name]
-        definition = definitions.get(var)  # where weights are lifted already, an item of their tuple
-        if isinstance(definition, relax.TupleGetItem) and any(
-            param.same_as(definition.tuple_value) for param in stored
-        ):
             return [var.name]
         if var not in definitions or is_launch(definitions[var]):
             return []
