@@ -3,7 +3,8 @@
 The scale that just covers a group is not the best one: a slightly smaller or larger one may put more of the weights
 near a code. Several are tried; for each, weights are rounded to codes and the sum of w (x - s q - m)^2 is minimised
 over the scale s and the minimum m, which is a linear problem of two unknowns. The best is refined once more from its
-own s and m, after these are rounded to the f16 that is stored. Weights w grow with x^2, as in llama.cpp's quantizers.
+own s and m, after these are rounded to the f16 that is stored. The weights w grow with x, as in llama.cpp's
+quantizers: what `python -m benchmarks.quality` says is best.
 """
 
 import os
@@ -115,7 +116,7 @@ def _symmetric(x: F32, code_bits: int) -> tuple[npt.NDArray[np.uint8], F32, F32]
 
 def _with_minimum(x: F32, code_bits: int) -> tuple[npt.NDArray[np.uint8], F32, F32]:
     high = (1 << code_bits) - 1
-    weight = _importance(x)
+    weight = np.sqrt(_importance(x))
     weighted = weight * x
     total, first = weight.sum(axis=1), weighted.sum(axis=1)
     lowest, width = x.min(axis=1), np.ptp(x, axis=1)
@@ -141,7 +142,7 @@ def _with_minimum(x: F32, code_bits: int) -> tuple[npt.NDArray[np.uint8], F32, F
 
 
 def _importance(x: F32) -> F32:
-    """How much an error of each weight counts: large weights more, as they mostly meet what matters."""
+    """How much the square of an error counts for each weight: its own square and the mean one of its group."""
     square = x * x
     weight: F32 = square + square.mean(axis=1, keepdims=True)
     return weight

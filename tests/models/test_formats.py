@@ -144,7 +144,7 @@ ROWS = {
 }
 
 
-def _write_gguf(path: Path) -> Path:
+def write_quantized(path: Path) -> Path:
     """A llama whose matrices are quantized in several ways."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
@@ -172,7 +172,7 @@ def _write_gguf(path: Path) -> Path:
 
 def test_blocks_of_a_file_are_carried_over(tmp_path: Path) -> None:
     """What is in the artifact stands for the very numbers that the file stands for, where a format holds them."""
-    checkpoint = rl.open_checkpoint(_write_gguf(tmp_path / "model.gguf"))
+    checkpoint = rl.open_checkpoint(write_quantized(tmp_path / "model.gguf"))
     kept = {
         # q, k, v: a matrix with parts of both kinds is q4, which holds Q4_0 exactly
         "q4": ("qkv q4", "o_proj q4s", "gate q4", "embed q8"),
@@ -205,7 +205,7 @@ def test_blocks_of_a_file_are_carried_over(tmp_path: Path) -> None:
 
 
 def test_auto_is_what_the_checkpoint_has(tmp_path: Path) -> None:
-    file = _write_gguf(tmp_path / "model.gguf")
+    file = write_quantized(tmp_path / "model.gguf")
     assert rl.compile(file, weights="auto", target=PLAINER).manifest.weight_format == "q4"
     checkpoint = write_checkpoint(BY_NAME["bfloat16-sharded"], tmp_path / "checkpoint")
     assert rl.compile(checkpoint, weights="auto", target=PLAINER).manifest.weight_format == "bf16"
