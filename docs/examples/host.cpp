@@ -95,6 +95,7 @@ class Model {
     Function(machine_, "vm_initialization")(kCPU, 0, kPooled);
     prefill_ = Function(machine_, "prefill");
     decode_ = Function(machine_, "decode");
+    greedy_ = Function(machine_, "greedy");
   }
 
   // Appends tokens and gives the likeliest one to follow.
@@ -113,8 +114,8 @@ class Model {
     const ffi::Function& function = count == 1 ? decode_ : prefill_;
     ffi::Tensor logits = function(token_ids, kv_len, caches, weights_).cast<ffi::Tensor>();  // [1, 1, vocab]
     caches_.Advance(count);
-    const float* first = static_cast<const float*>(logits.data_ptr());
-    return static_cast<int32_t>(std::max_element(first, first + vocab_size_) - first);
+    ffi::Tensor likeliest = greedy_(logits).cast<ffi::Tensor>();  // [1, 1, 1]
+    return *static_cast<const int32_t*>(likeliest.data_ptr());
   }
 
  private:
@@ -130,7 +131,7 @@ class Model {
   Caches caches_;
   ffi::Array<ffi::Tensor> weights_;
   ffi::Module library_, machine_;
-  ffi::Function prefill_, decode_;
+  ffi::Function prefill_, decode_, greedy_;
 };
 
 int64_t Number(const char* text, const char* what) {
