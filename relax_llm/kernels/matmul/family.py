@@ -48,7 +48,8 @@ def matmul_kernels(machine: Machine) -> list[Kernel]:
             sizes=Box.of(M=(first_blocked(machine), None)),
             layout="tiled",
             absorbs=_ALL,
-            weights=_PACKED,
+            # Products in integers are ahead of it at every size, and it is a lot of code.
+            weights=_PACKED - (FORMATS_READ if machine.features >= FEATURES else frozenset()),
             cost=blocked_cost(machine),
         ),
         *(
