@@ -96,19 +96,7 @@ def build(
             return by_name[weight.name].make(read, planner.layout)
 
         write(file, weights, make)
-    carried = (
-        [f"Blocks of {len(read.carried)} tensors are kept bit for bit as in the file."]
-        if read.carried
-        else []
-    )
-    notes = [
-        *carried,
-        *unlinked,
-        *checkpoint.notes,
-        *unused,
-        *_save_tokenizer(checkpoint, directory),
-        *warnings,
-    ]
+    notes = [*unlinked, *checkpoint.notes, *unused, *_save_tokenizer(checkpoint, directory), *warnings]
     hidden = mod["hidden"].ret_ty.shape[-1]
     finish(
         directory,

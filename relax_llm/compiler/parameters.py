@@ -62,17 +62,12 @@ def match(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, Tensor]:
 
 
 class Reader:
-    """Reads one parameter at a time, and warns of values that are not finite.
-
-    Attributes:
-        carried: The parameters whose blocks were taken as they are in the checkpoint.
-    """
+    """Reads one parameter at a time, and warns of values that are not finite."""
 
     def __init__(self, tensors: Mapping[str, Tensor], warn: Callable[[str], None]) -> None:
         """Prepare to read the tensors of parameters."""
         self._tensors = tensors
         self._warn = warn
-        self.carried: set[str] = set()
 
     def __call__(self, name: str) -> Array:
         """A parameter as float32."""
@@ -100,7 +95,6 @@ class Reader:
         parts = theirs.split(stored)
         if not all(np.isfinite(half).all() for half in (parts.scales, parts.minimums) if half is not None):
             self._not_finite(tensor, "scales that are not finite")
-        self.carried.add(name)
         return found
 
     def _not_finite(self, tensor: Tensor, what: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import relax_llm as rl
+from relax_llm.compiler.storage import as_stored
 from relax_llm.formats import FORMATS
 from relax_llm.kernels.layout import Packed, parse
 
@@ -200,15 +201,17 @@ def test_blocks_of_a_file_are_carried_over(tmp_path: Path) -> None:
             n, k = wanted.shape
             found = FORMATS[format].decode(layout.unpack(stored[recipe], n, k), k)
             np.testing.assert_array_equal(found, wanted, err_msg=what)
-        (note,) = (note for note in artifact.manifest.notes if note.startswith("Blocks of"))
-        assert note == f"Blocks of {7 if weights == 'q4' else 5} tensors are kept bit for bit as in the file."
 
 
 def test_auto_is_what_the_checkpoint_has(tmp_path: Path) -> None:
     file = write_quantized(tmp_path / "model.gguf")
-    assert rl.compile(file, weights="auto", target=PLAINER).manifest.weight_format == "q4"
-    checkpoint = write_checkpoint(BY_NAME["bfloat16-sharded"], tmp_path / "checkpoint")
-    assert rl.compile(checkpoint, weights="auto", target=PLAINER).manifest.weight_format == "bf16"
+    artifact = rl.compile(file, weights="auto", target=PLAINER)
+    assert artifact.manifest.weight_format == "q4"
+    assert rl.compile(file, weights="q4", target=PLAINER).path == artifact.path
+    assert (
+        as_stored(rl.open_checkpoint(write_checkpoint(BY_NAME["bfloat16-sharded"], tmp_path / "a"))) == "bf16"
+    )
+    assert as_stored(rl.open_checkpoint(write_checkpoint(BY_NAME[UNTIED], tmp_path / "b"))) == "f32"
 
 
 def test_a_kernel_of_yours_reads_blocks_as_a_file_has_them(tmp_path: Path) -> None:
