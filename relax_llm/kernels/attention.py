@@ -1,10 +1,13 @@
 """Causal attention over the KV cache: softmax(q k^T * scale) v, streamed over blocks of positions.
 
-The running maximum and sum of a streaming softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022) let a
-task visit each block of the cache once. Query heads that share a key head share its loads.
+Query heads that share a key head share its loads. What is done with a block is in `kernels.streaming`; here is how
+launches are cut into tasks.
 """
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 from tvm.tirx import PrimFunc
@@ -13,14 +16,25 @@ from tvm.tirx.script.builder import ir as T
 from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.cache import GRANULE, TILE, cache_shapes
-from relax_llm.kernels.machine import LANES, Machine
+from relax_llm.kernels.cache import TILE, cache_shapes
+from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.problem import Problem, require_positive, tag
-from relax_llm.kernels.vectormath import exp
+from relax_llm.kernels.streaming import BLOCK, Tile, fold
 
-_MASKED = (
-    -1.0e30
-)  # Finite, so that a block without a visible position leaves no NaN; a later block erases its trace.
+_TOGETHER = 4
+"""Tiles of rows, at most, that a task takes through the cache together: a block comes from memory once for all."""
+
+_TASKS = 16
+"""Tasks have fewer tiles where there would be fewer tasks than this."""
+
+_FEW = 16
+"""Up to this many tiles in a launch, a task has one block of one tile."""
+
+_SERIAL = 3000
+"""One core does all up to this many products of a position and a row; of loading a position, as long as 8 rows take."""
+
+_SERIAL_MERGES = 2000
+"""One core does all up to this many merges of a row."""
 
 
 @dataclass(frozen=True)
@@ -67,140 +81,213 @@ class Attention(Problem):
 def attention(problem: Attention, machine: Machine) -> PrimFunc:
     """q [batch, seq, heads, head_dim], k_cache, v_cache, kv_len -> out [batch, seq, heads * head_dim].
 
-    A task has one key head and some rows, which are pairs of a query and a head of its group; every number of rows up
-    to the tile's height has its own unrolled micro-kernels.
+    Rows are pairs of a query and a head of those that share a key head. They are cut into tiles, and positions into
+    blocks. Where tiles are many, a task takes some of them through all blocks that they see. Where they are few, as in
+    decoding, a task has one block of one tile, and what tasks leave is merged in the order of the blocks. Both ways
+    give the same bits.
     """
     heads, kv_heads, dim = problem.heads, problem.kv_heads, problem.head_dim
-    group = heads // kv_heads
-    step = max(n for n in (1, 2, 4) if n <= machine.accumulators)  # key tiles at once
-    height = max(1, machine.accumulators // step)
+    group, window, shape = heads // kv_heads, problem.window, Tile(dim, machine)
+    height = shape.rows
 
     def emit() -> None:
         batch, seq, tiles = b.size("batch"), b.size("seq"), b.size("tiles")
         q = b.argument("q", (batch, seq, heads, dim))
         k_shape, v_shape = cache_shapes(batch, kv_heads, tiles, dim)
-        k_cache, v_arg = b.argument("k_cache", k_shape), b.argument("v_cache", v_shape)
+        k_cache, v_cache = b.argument("k_cache", k_shape), b.argument("v_cache", v_shape)
         kv_len = b.scalar("kv_len")
         out_arg = b.argument("out", (batch, seq, heads * dim))
+
         out = b.view(out_arg, (batch, seq, heads, dim))
-        v_cache = b.view(v_arg, (batch, kv_heads, tiles * TILE, dim))
-        rows = b.let("rows", seq * group)
-        row_tiles = b.let("row_tiles", (rows + (height - 1)) // height)
-        past = b.let("past", kv_len - seq)
+        pairs = batch * kv_heads  # of a sequence and a key head
+        keys, values = (b.view(cache, (pairs, tiles * TILE * dim)) for cache in (k_cache, v_cache))
+        rows, past = b.let("rows", seq * group), b.let("past", kv_len - seq)
+        row_tiles = b.let("row_tiles", _ceil(seq * group, height))
+        first_block = b.let(
+            "first_block", _floor(T.max(past - (window - 1), 0), BLOCK) if window else T.int64(0)
+        )
+        blocks = b.let("blocks", _ceil(kv_len, BLOCK) - first_block)
 
-        def task(index: Expr) -> None:
-            # Early queries see few positions and late ones many: alternate, so that neighbouring tasks even out.
-            pair = b.let("pair", index // (batch * kv_heads))
-            row_tile = b.let("row_tile", T.Select(pair % 2 == 0, pair // 2, row_tiles - 1 - pair // 2))
-            sequence = b.let("sequence", index // kv_heads % batch)
-            kv_head = b.let("kv_head", index % kv_heads)
-            first = b.let("first", rows * row_tile // row_tiles)
-            count = b.let("count", rows * (row_tile + 1) // row_tiles - first)
-
-            queries, scores, sums = b.local((height, dim)), b.local((height, GRANULE)), b.local((height, dim))
-            weight, top, largest = b.local((height, LANES)), b.local((height,)), b.local((LANES,))
-
-            with T.serial(count) as r:
-                token, head = (first + r) // group, kv_head * group + (first + r) % group
-
-                def begin(at: Expr, n: int, r: Expr = r, token: Expr = token, head: Expr = head) -> None:
-                    value = b.load(q, sequence, token, head, at, lanes=n) * b.splat(problem.scale, n)
-                    b.store(queries, value, r, at, lanes=n)
-                    b.store(sums, b.splat(0.0, n), r, at, lanes=n)
-
-                b.sweep(dim, begin)
-                b.put(top, T.float32(_MASKED), r)
-                b.store(weight, b.splat(0.0), r, 0)
-
-            end = b.let("end", past + (first + count - 1) // group + 1)
-            begin_at = (
-                T.max(past + first // group - (problem.window - 1), 0) if problem.window else T.int64(0)
+        def rows_of(tile: Expr) -> _Rows:
+            first = b.let("first", tile * height)
+            count = b.let("count", T.min(rows - first, T.int64(height)))
+            earliest, latest = past + _floor(first, group), past + _floor(first + count - 1, group)
+            begin = T.max(earliest - (window - 1), 0) if window else T.int64(0)
+            return _Rows(
+                first,
+                count,
+                b.let("earliest", earliest),
+                b.let("latest", latest),
+                b.let("begin", begin),
             )
-            begin_block = b.let("begin_block", begin_at // GRANULE)
 
-            def score(n: int, block: Expr) -> None:
-                """scores[:n] = queries[:n] . keys of the block, `step` tiles at a time."""
-                with T.serial(GRANULE // TILE // step) as s:
-                    acc = b.Registers(n, b.chunks(step * TILE))
-                    acc.clear()
-                    with T.serial(dim) as channel:
-                        for r, t, _, _ in acc:
-                            at = block * (GRANULE // TILE) + s * step + t
-                            keys = b.load(k_cache, sequence, kv_head, at, channel, 0)
-                            acc.set(r, t, acc.get(r, t) + b.splat(queries[r, channel]) * keys)
-                    for r, t, _, _ in acc:
-                        b.store(scores, acc.get(r, t), r, (s * step + t) * TILE)
+        def place(pair: Expr, row: Expr) -> tuple[Expr, Expr, Expr]:
+            """The sequence, query and head of a row."""
+            token, sequence = b.let("token", _floor(row, group)), b.let("sequence", _floor(pair, kv_heads))
+            return (
+                sequence,
+                token,
+                b.let("head", (pair - sequence * kv_heads) * group + (row - token * group)),
+            )
 
-            def softmax(r: Expr, block: Expr) -> None:
-                """scores[r] becomes exp(scores[r] - max), and what was summed before is scaled to the new maximum."""
-                last = b.let("last", T.cast(past + (first + r) // group - block * GRANULE, "int32"))
-                b.store(largest, b.splat(_MASKED), 0)
-                for at in range(0, GRANULE, LANES):
-                    lane = T.ramp(T.int32(at), 1, LANES)
-                    visible = lane <= T.broadcast(last, LANES)
-                    if problem.window:
-                        visible = T.And(visible, lane > T.broadcast(last - problem.window, LANES))
-                    masked = b.let("masked", T.Select(visible, b.load(scores, r, at), b.splat(_MASKED)))
-                    b.store(scores, masked, r, at)
-                    b.store(largest, T.max(b.load(largest, 0), masked), 0)
-                maximum = b.let("maximum", T.max(top[r], b.reduce_lanes(largest, (), T.max)))
-                rescale = b.let("rescale", exp(top[r] - maximum))
-                b.put(top, maximum, r)
-                total = b.load(weight, r, 0) * b.splat(rescale)
-                for at in range(0, GRANULE, LANES):
-                    p = b.let("p", exp(b.load(scores, r, at) - b.splat(maximum)))
-                    b.store(scores, p, r, at)
-                    total = total + p
-                b.store(weight, total, r, 0)
-                b.sweep(
-                    dim,
-                    lambda at, n: b.store(
-                        sums, b.load(sums, r, at, lanes=n) * b.splat(rescale, n), r, at, lanes=n
-                    ),
-                )
+        def take(pair: Expr, own: _Rows, queries: Expr, at: Expr) -> None:
+            """Copy the queries of a tile, scaled; the last one again for rows that it lacks."""
+            with T.serial(height) as r:
+                from_row = place(pair, b.let("row", own.first + T.min(r, own.count - 1)))
+                for start, n in b.chunks(dim):
+                    value = b.load(q, *from_row, start, lanes=n) * b.splat(problem.scale, n)
+                    b.store(queries, value, at, r * dim + start, lanes=n)
 
-            def accumulate(n: int, block: Expr, visible: Expr) -> None:
-                """sums[:n] += scores[:n] @ values of the block, as many channels at once as registers hold."""
-                vectors = b.chunks(dim)
-                at_once = max(1, machine.accumulators // n)
-                for group_start in range(0, len(vectors), at_once):
-                    acc = b.Registers(n, vectors[group_start : group_start + at_once])
-                    for r, index, start, lanes in acc:
-                        acc.set(r, index, b.load(sums, r, start, lanes=lanes))
-                    with T.serial(visible) as j:
-                        for r, index, start, lanes in acc:
-                            values = b.load(
-                                v_cache, sequence, kv_head, block * GRANULE + j, start, lanes=lanes
-                            )
-                            acc.set(r, index, acc.get(r, index) + b.splat(scores[r, j], lanes) * values)
-                    for r, index, start, lanes in acc:
-                        b.store(sums, acc.get(r, index), r, start, lanes=lanes)
+        def finish(pair: Expr, own: _Rows, partials: Expr, at: Expr) -> None:
+            """Divide the sums by those of the weights."""
+            with T.serial(own.count) as r:
+                to_row = place(pair, b.let("row", own.first + r))
+                total = fold(b.let("total", b.load(partials, at, shape.weights_at(r))), operator.add)
+                inverse = b.let("inverse", T.float32(1) / total)
+                for start, n in b.chunks(dim):
+                    value = b.load(partials, at, shape.values_at(r) + start, lanes=n)
+                    b.store(out, value * b.splat(inverse, n), *to_row, start, lanes=n)
 
-            with T.serial((end - 1) // GRANULE + 1 - begin_block) as i:
-                block = b.let("block", begin_block + i)
-                visible = b.let("visible", T.min(end - block * GRANULE, T.int64(GRANULE)))
-                for n in range(1, height + 1):
-                    with b.when(count == n):
-                        score(n, block)
-                with T.serial(count) as r:
-                    softmax(r, block)
-                for n in range(1, height + 1):
-                    with b.when(count == n):
-                        accumulate(n, block, visible)
+        def attend(
+            pair: Expr, own: _Rows, block: Expr, queries: Expr, scores: Expr, partial: Callable[[Expr], Expr]
+        ) -> None:
+            """The partial of a tile over what it sees of a block."""
+            after = b.let("after", (block + 1) * BLOCK)
+            start = b.let("start", T.max(block * BLOCK, _floor(own.begin, TILE) * TILE))
+            positions = b.let("positions", T.min(own.latest + 1, after) - start)
+            count = b.let("tiles", _ceil(positions, TILE))
+            weights, key, value = (
+                T.address_of(at) for at in (scores[0], keys[pair, start * dim], values[pair, start * dim])
+            )
+            b.call(shape.scores, own.count, queries, key, value, weights, count)
+            hidden = own.earliest - start < count * TILE - 1
+            if window:
+                hidden = T.Or(hidden, own.latest - start >= window)
+            with b.when(hidden):
+                b.call(shape.mask(group, window), own.count, weights, own.first, past - start, count)
+            b.call(shape.weights, own.count, weights, partial(0), count)
+            # What is read next: the keys of the block behind this one, or of the next head's first.
+            more = b.let("more", T.Cast("int64", after < kv_len))
+            next_pair = T.min(pair + 1 - more, pairs - 1)
+            ahead = T.address_of(
+                keys[next_pair, (first_block * BLOCK + more * (after - first_block * BLOCK)) * dim]
+            )
+            b.call(shape.weighted, own.count, weights, value, ahead, partial(shape.values_at(0)), positions)
 
-            with T.serial(count) as r:
-                token, head = (first + r) // group, kv_head * group + (first + r) % group
-                inverse = b.let("inverse", T.float32(1) / b.reduce_lanes(weight, (r,), lambda x, y: x + y))
+        def through_all_blocks() -> None:
+            wanted = T.max(_ceil(row_tiles, _TOGETHER), T.truncdiv(pairs + (_TASKS - 1), pairs))
+            groups = b.let("groups", T.min(row_tiles, _ceil(wanted, 4) * 4))
 
-                def finish(
-                    at: Expr, n: int, r: Expr = r, token: Expr = token, head: Expr = head, by: Expr = inverse
-                ) -> None:
-                    b.store(
-                        out, b.load(sums, r, at, lanes=n) * b.splat(by, n), sequence, token, head, at, lanes=n
+            def task(index: Expr) -> None:
+                pair = b.let("pair", T.truncdiv(index, groups))
+                turn = b.let("turn", index - pair * groups)
+                # Early queries see few positions and late ones many: alternate, so that neighbouring tasks even out,
+                # in each half of a key head's, too.
+                half = _floor(turn, 2)
+                part = b.let("part", T.Select(turn - 2 * half == 0, half, groups - 1 - half))
+                start = b.let("start", T.truncdiv(row_tiles * part, groups))
+                own = b.let("own", T.truncdiv(row_tiles * (part + 1), groups) - start)
+                queries, scores = _stack(_TOGETHER, height * dim), _stack(height * BLOCK)
+                partials = _stack(_TOGETHER + 1, shape.partial)  # one for each tile, and one to be merged
+                with T.serial(own) as i:
+                    take(pair, rows_of(start + i), queries, i)
+                first = b.let("first", _floor(rows_of(start).begin, BLOCK))
+                last = b.let("last", _floor(rows_of(start + own - 1).latest, BLOCK))
+                with T.serial(last + 1 - first) as number, T.serial(own) as i:
+                    block = b.let("block", first + number)
+                    these = rows_of(start + i)
+                    with b.when(these.sees(block)):
+                        opens = these.begin >= block * BLOCK
+                        slot = b.let("slot", T.if_then_else(opens, i, T.int64(_TOGETHER)))
+                        partial = _addresses(partials, slot)
+                        attend(pair, these, block, T.address_of(queries[i, 0]), scores, partial)
+                        with b.when(slot != i):
+                            b.call(shape.merge, _addresses(partials, i)(0), partial(0), these.count)
+                with T.serial(own) as i:
+                    finish(pair, rows_of(start + i), partials, i)
+
+            b.tasks(pairs * groups, task)
+
+        def each_block_alone() -> None:
+            # Memory is taken before anything else, so its size follows from the arguments alone.
+            wanted = pairs * _ceil(seq * group, height)
+            partials = b.scratch(
+                (T.Select(wanted <= _FEW, wanted * _ceil(kv_len, BLOCK), T.int64(1)), shape.partial)
+            )
+
+            def work(index: Expr) -> None:
+                pair_block = b.let("pair_block", T.truncdiv(index, row_tiles))
+                pair = b.let("pair", T.truncdiv(pair_block, blocks))
+                block = b.let("block", first_block + pair_block - pair * blocks)
+                queries, scores = _stack(1, height * dim), _stack(height * BLOCK)
+                these = rows_of(index - pair_block * row_tiles)
+                with b.when(these.sees(block)):
+                    take(pair, these, queries, T.int64(0))
+                    attend(
+                        pair, these, block, T.address_of(queries[0, 0]), scores, _addresses(partials, index)
                     )
 
-                b.sweep(dim, finish)
+            def merge(index: Expr) -> None:
+                pair = b.let("pair", T.truncdiv(index, row_tiles))
+                tile = b.let("tile", index - pair * row_tiles)
+                these = rows_of(tile)
+                begin, last = b.let("begin", _floor(these.begin, BLOCK)), _floor(these.latest, BLOCK)
+                at = b.let("at", (pair * blocks + begin - first_block) * row_tiles + tile)
+                with T.serial(last - begin) as number:
+                    following = b.let("following", at + (number + 1) * row_tiles)
+                    b.call(
+                        shape.merge,
+                        _addresses(partials, at)(0),
+                        _addresses(partials, following)(0),
+                        these.count,
+                    )
+                finish(pair, these, partials, at)
 
-        b.tasks(batch * kv_heads * row_tiles, task)
+            small = pairs * kv_len * (rows + 8) <= _SERIAL
+            b.tasks(pairs * blocks * row_tiles, work, serial_if=small)
+            b.tasks(pairs * row_tiles, merge, serial_if=pairs * rows * blocks <= _SERIAL_MERGES)
+
+        b.either(pairs * row_tiles <= _FEW, each_block_alone, through_all_blocks)
 
     return tag(b.prim_func(problem.name, emit), problem)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A tile of rows.
+
+    Attributes:
+        first: Its first.
+        count: How many.
+        earliest: Position of the first query.
+        latest: Position of the last.
+        begin: The first position that one of them sees.
+    """
+
+    first: Expr
+    count: Expr
+    earliest: Expr
+    latest: Expr
+    begin: Expr
+
+    def sees(self, block: Expr) -> Expr:
+        """Whether one of them sees something of a block."""
+        return T.And(block * BLOCK <= self.latest, (block + 1) * BLOCK > self.begin)
+
+
+def _stack(*shape: int) -> Expr:
+    """Memory of a task whose addresses are given away: through a view, as in `builder.scratch`."""
+    return b.view(b.local((prod(shape),)), shape)
+
+
+def _addresses(rows: Expr, row: Expr) -> Callable[[Expr], Expr]:
+    """What gives the address of an element of a row."""
+    return lambda at: T.address_of(rows[row, at])
+
+
+def _floor(count: Expr, size: int) -> Expr:
+    return T.truncdiv(count, T.int64(size))
+
+
+def _ceil(count: Expr, size: int) -> Expr:
+    return T.truncdiv(count + (size - 1), T.int64(size))

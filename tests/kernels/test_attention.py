@@ -20,21 +20,36 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-BORDERS = ((1, 1), (2, 2), (15, 15), (16, 16), (17, 17), (63, 63), (64, 64), (65, 65), (129, 129))
-"""(seq, kv_len): prompts around the borders of a tile (16) and a block (64)."""
+BORDERS = (
+    (1, 1),
+    (2, 2),
+    (15, 15),
+    (16, 16),
+    (17, 17),
+    (63, 63),
+    (64, 64),
+    (65, 65),
+    (128, 128),
+    (129, 129),
+    (257, 257),
+)
+"""(seq, kv_len): prompts around the borders of a tile (16), a granule of the cache (64) and a block (128)."""
 LATER = (
     (1, 2),
     (1, 16),
     (1, 17),
     (1, 64),
     (1, 65),
+    (1, 127),
     (1, 128),
     (1, 129),
+    (1, 257),
     (1, 300),
     (7, 70),
     (64, 128),
     (65, 131),
     (5, 66),
+    (4, 258),
 )
 """Decodes and later chunks."""
 
@@ -110,14 +125,14 @@ def test_lengths(on: str, heads: int, kv_heads: int, batch: int) -> None:
 
 
 @machines
-@pytest.mark.parametrize("head_dim", [2, 4, 6, 16, 20, 64, 80, 128])
+@pytest.mark.parametrize("head_dim", [2, 16, 20, 64, 80, 128])
 def test_head_dims(on: str, head_dim: int) -> None:
     for seq, kv_len in ((1, 1), (1, 65), (17, 17), (20, 90)):
         _check(_problem((6, 2), head_dim), on, 2, seq, kv_len)
 
 
 @machines
-@pytest.mark.parametrize("window", [1, 5, 63, 64, 65, 100])
+@pytest.mark.parametrize("window", [1, 5, 64, 65, 130])
 def test_windows(on: str, window: int) -> None:
     for seq, kv_len in (
         (1, 1),
@@ -144,7 +159,7 @@ def test_more_lengths(heads: tuple[int, int], window: int | None) -> None:
 
 @machines
 def test_other_scales(on: str) -> None:
-    for scale in (1.0, 0.01, -0.3):
+    for scale in (0.01, -0.3):
         _check(Attention(2, 1, 12, scale), on, 1, 20, 70)
 
 
@@ -198,13 +213,19 @@ def test_a_window_forgets(on: str) -> None:
 
 
 @machines
-def test_a_prompt_equals_its_tokens_one_by_one(on: str) -> None:
-    """The same sums in another order of tasks: within the tolerance of one of them."""
-    problem = _problem((9, 3), 20, window=70)
-    q, keys, values = _operands(problem, 1, 140, 140)
+@pytest.mark.parametrize(("heads", "window"), [((9, 3), None), ((9, 3), 70), ((1, 1), None)])
+def test_results_do_not_depend_on_how_tokens_are_divided(
+    on: str, heads: tuple[int, int], window: int | None
+) -> None:
+    """To the bit: a prompt, its tokens one by one, and chunks, whose tasks have blocks or rows."""
+    problem = _problem(heads, 20, window)
+    q, keys, values = _operands(problem, 1, 300, 300)
     whole = _run(problem, on, q, keys, values)
-    _, allowed = _reference(problem, q, keys, values)
-    for token in (0, 1, 15, 63, 64, 65, 127, 139):
-        out = _run(problem, on, q[:, token : token + 1], keys[:, : token + 1], values[:, : token + 1])
-        difference = np.abs(out[0, 0].astype(np.float64) - whole[0, token])
-        assert (difference <= 2 * allowed[0, token]).all()
+    for seq, kv_len in ((1, 1), (1, 16), (1, 64), (1, 65), (1, 128), (1, 129), (1, 300), (5, 130), (90, 300)):
+        part = slice(kv_len - seq, kv_len)
+        out = _run(problem, on, q[:, part], keys[:, :kv_len], values[:, :kv_len])
+        np.testing.assert_array_equal(out, whole[:, part], err_msg=f"{seq} up to {kv_len}")
+    three = [np.concatenate([x] * 3) for x in (q, keys, values)]
+    np.testing.assert_array_equal(
+        _run(problem, on, three[0], three[1], three[2]), np.concatenate([whole] * 3)
+    )

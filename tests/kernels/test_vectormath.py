@@ -45,6 +45,7 @@ def _gelu(x: Array) -> Array:
 
 REFERENCES: dict[str, Callable[[Array], Array]] = {
     "exp": np.exp,
+    "exp_nonpositive": lambda x: np.exp(np.minimum(x, 0.0)),
     "sigmoid": _sigmoid,
     "silu": lambda x: x * _sigmoid(x),
     "gelu_tanh": lambda x: x * _sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)),
@@ -160,6 +161,18 @@ def test_absolute_errors(on: str, name: str, bound: float, grows: bool) -> None:
     _assert_all(np.abs(ours.astype(np.float64) - reference) <= allowed, x, ours, reference)
 
 
+@every_machine
+def test_exp_of_nonpositive_numbers(on: str) -> None:
+    """Within its bound, 1 at 0 and 0 below -87.7; so that a softmax gives no weight to what it masks."""
+    x = _whole_range()
+    x = x[(x <= 0) & (x >= -87.6)]
+    fused = "fma" in machine_of(on).features
+    ours, reference = _apply("exp_nonpositive", on, x), _reference("exp_nonpositive", x)
+    _assert_all(_ulps(ours, reference) <= 3 + np.abs(x) / (30 if fused else 1), x, ours, reference)
+    ends = np.array([0.0, -0.0, -87.7, -88.0, -1e4, -1e30, -LARGEST, -np.inf], np.float32)
+    np.testing.assert_array_equal(_apply("exp_nonpositive", on, ends), [1, 1, 0, 0, 0, 0, 0, 0])
+
+
 @machines
 def test_beyond_its_range_exp_is_what_it_is_at_the_ends(on: str) -> None:
     below = np.array([-87.34, -88.0, -104.0, -1e4, -1e30, -LARGEST, -np.inf], np.float32)
@@ -178,11 +191,12 @@ def test_not_a_number_and_signs(on: str, name: str, lanes: int) -> None:
     nan = np.full(LANES, np.nan, np.float32)
     nan[::2] = -np.nan
     assert np.isnan(_apply(name, on, nan, lanes)).all()
-    inf = float(_apply(name, on, np.array([np.inf], np.float32), lanes)[0])
-    expected = {"exp": pytest.approx(2.406e38, rel=1e-3), "sigmoid": 1.0, "erf": 1.0}.get(name, math.inf)
-    assert inf == expected
+    if name != "exp_nonpositive":
+        inf = float(_apply(name, on, np.array([np.inf], np.float32), lanes)[0])
+        expected = {"exp": pytest.approx(2.406e38, rel=1e-3), "sigmoid": 1.0, "erf": 1.0}.get(name, math.inf)
+        assert inf == expected
     zeros = _apply(name, on, np.array([0.0, -0.0], np.float32), lanes)
-    np.testing.assert_array_equal(zeros, {"exp": 1.0, "sigmoid": 0.5}.get(name, 0.0))
+    np.testing.assert_array_equal(zeros, {"exp": 1.0, "exp_nonpositive": 1.0, "sigmoid": 0.5}.get(name, 0.0))
 
 
 @machines

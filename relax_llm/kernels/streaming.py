@@ -1,0 +1,319 @@
+"""Softmax attention of a tile of queries to a block of positions, in functions that the kernels of a library share.
+
+A *partial* is what a softmax over some positions leaves of each row: the largest score, the sum of the weights
+relative to it, and the sum of the values by these weights. Partials of neighbouring positions are merged by bringing
+them to one largest score (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022).
+
+Positions are cut into blocks at the same places whatever the queries are, a block's partial is computed from nothing
+but the block, and partials are merged in ascending order, by one function. So a row's result has the same bits
+whichever rows are beside it, and whichever core works on which block.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm import ir
+from tvm.tirx.script.builder import ir as T
+
+from relax_llm.kernels import builder as b
+from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.cache import TILE
+from relax_llm.kernels.inner import inner, memory, number, pointer
+from relax_llm.kernels.machine import LANES, Machine
+from relax_llm.kernels.matmul.shape import tile_for
+from relax_llm.kernels.vectormath import exp_nonpositive
+
+BLOCK = 128
+"""Positions in a block: so many that merging is no work, so few that the keys and values stay in a core's caches."""
+
+_LOWEST = -1.0e30
+"""The largest score of no positions. Finite, so that differences from it are no NaN."""
+
+_HIDDEN = -3.0e38
+"""The score of a position that a row does not see: its weight is 0 even beside `_LOWEST`."""
+
+_HEIGHTS = (1, 2, 3, 4, 6, 8, 10)
+"""Rows for which there are functions, beside the most. Others take the next, and compute rows that nobody reads."""
+
+_UNROLL = 2  # steps in a turn of a loop
+_PAIR = 2  # tiles of scores that become weights at once
+_MOST = 4  # vectors of a row that are summed at once, at most
+_FAR = 1 << 20  # where a function does not know how much memory an address has
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of rows, which are queries of heads that share a key head.
+
+    Attributes:
+        dim: Channels of a head.
+        machine: What code is generated for.
+    """
+
+    dim: int
+    machine: Machine
+
+    @property
+    def rows(self) -> int:
+        """The most rows: as many as a tile of a matmul has, and no more than a vector has lanes."""
+        return min(tile_for(self.machine).rows, LANES)
+
+    @property
+    def partial(self) -> int:
+        """Elements of a partial: the largest scores in a vector, a vector of weights and the values for each row."""
+        return LANES * (1 + self.rows + -(-self.rows * self.dim // LANES))
+
+    def weights_at(self, row: Expr) -> Expr:
+        """Where in a partial the sums of a row's weights are, one in each lane of a vector."""
+        return LANES + row * LANES
+
+    def values_at(self, row: Expr) -> Expr:
+        """Where in a partial the sum of a row's values is."""
+        return LANES + self.rows * LANES + row * self.dim
+
+    @property
+    def scores(self) -> ir.GlobalVar:
+        """Products of queries and tiles of keys, each summed over the channels in ascending order.
+
+        ::
+
+            scores(height, queries [height, dim], keys, ahead, scores [height, BLOCK], tiles)
+
+        Small tiles wait for memory, and ask for as much from the address `ahead` on as they read. All of a tile's rows
+        must hold numbers, more than `height` of them, too.
+        """
+
+        def emit(
+            rows: int, queries_at: Expr, keys_at: Expr, ahead_at: Expr, out_at: Expr, tiles: Expr
+        ) -> None:
+            queries, out = memory(queries_at, (rows, self.dim)), memory(out_at, (rows, BLOCK))
+            keys, ahead = (memory(at, (_FAR, self.dim, TILE)) for at in (keys_at, ahead_at))
+
+            def some(first: Expr, vectors: int) -> None:
+                acc = b.Registers(rows, b.chunks(vectors * TILE))
+
+                def step(channel: Expr) -> None:
+                    for t in range(vectors if self._waits(rows) else 0):
+                        b.prefetch(ahead, (first + t, channel, 0))
+                    for r, t, _, _ in acc:
+                        product = b.splat(queries[r, channel]) * b.load(keys, first + t, channel, 0)
+                        acc.set(r, t, acc.get(r, t) + product)
+
+                acc.clear()
+                _in_turns(T.int64(self.dim), step)
+                for r, t, _, _ in acc:
+                    b.store(out, acc.get(r, t), r, (first + t) * TILE)
+
+            wide = self._wide(rows)
+            turns = b.let("turns", T.truncdiv(tiles, T.int64(wide)))
+            with T.serial(turns) as turn:
+                some(b.let("first", turn * wide), wide)
+            if wide > 1:
+                with T.serial(tiles - turns * wide) as rest:
+                    some(b.let("first", turns * wide + rest), 1)
+
+        return self._by_height("attention_scores", ("queries", "keys", "ahead", "scores"), emit)
+
+    @property
+    def weighted(self) -> ir.GlobalVar:
+        """Values summed by weights over the positions in ascending order.
+
+        ::
+
+            weighted(height, weights [height, BLOCK], values, ahead, sums [height, dim], positions)
+        """
+
+        def emit(
+            rows: int, weights_at: Expr, values_at: Expr, ahead_at: Expr, out_at: Expr, positions: Expr
+        ) -> None:
+            weights, out = memory(weights_at, (rows, BLOCK)), memory(out_at, (rows, self.dim))
+            values, ahead = (memory(at, (_FAR, self.dim)) for at in (values_at, ahead_at))
+
+            def some(first: Expr, vectors: list[tuple[int, int]]) -> None:
+                acc = b.Registers(rows, vectors)
+
+                def step(position: Expr) -> None:
+                    for start, _ in vectors if self._waits(rows) else ():
+                        b.prefetch(ahead, (position, first + start))
+                    for r, i, start, lanes in acc:
+                        value = b.load(values, position, first + start, lanes=lanes)
+                        acc.set(r, i, acc.get(r, i) + b.splat(weights[r, position], lanes) * value)
+
+                acc.clear()
+                _in_turns(positions, step)
+                for r, i, start, lanes in acc:
+                    b.store(out, acc.get(r, i), r, first + start, lanes=lanes)
+
+            wide = self._wide(rows) * LANES
+            if self.dim // wide:
+                with T.serial(self.dim // wide) as i:
+                    some(b.let("first", i * wide), b.chunks(wide))
+            if self.dim % wide:
+                some(T.int64(self.dim // wide * wide), b.chunks(self.dim % wide))
+
+        return self._by_height("attention_weighted", ("weights", "values", "ahead", "sums"), emit)
+
+    def mask(self, group: int, window: int | None) -> ir.GlobalVar:
+        """Take scores away from rows that do not see the position.
+
+        ::
+
+            mask(height, scores [height, BLOCK], first, offset, tiles)
+
+        Row r is a head of query (first + r) // group, which sees the positions up to `offset` more than that, and of
+        these only a window. Scores of tiles that all rows see are not touched.
+        """
+
+        def emit() -> None:
+            height, scores_at = number("height"), pointer("scores")
+            first, offset, tiles = number("first"), number("offset"), number("tiles")
+            scores = memory(scores_at, (self.rows, BLOCK))
+            seen = T.truncdiv(T.max(offset + T.truncdiv(first, T.int64(group)) + 1, 0), T.int64(TILE))
+            begin = b.let("begin", seen if window is None else T.int64(0))
+            with T.serial(height) as r:
+                last = b.let("last", T.cast(offset + T.truncdiv(first + r, T.int64(group)), "int32"))
+                with T.serial(tiles - begin) as tile:
+                    at = b.let("at", (begin + tile) * TILE)
+                    lane = T.ramp(T.cast(at, "int32"), 1, LANES)
+                    visible = lane <= T.broadcast(last, LANES)
+                    if window is not None:
+                        visible = T.And(visible, lane > T.broadcast(last - window, LANES))
+                    b.store(scores, T.Select(visible, b.load(scores, r, at), b.splat(_HIDDEN)), r, at)
+
+        return inner(f"attention_mask_group{group}", (self.machine, window), emit, entry=True)
+
+    @property
+    def weights(self) -> ir.GlobalVar:
+        """Scores become e**(score - largest); the largest scores and the sums of weights go to the partial.
+
+        ::
+
+            weights(height, scores [height, BLOCK], partial, tiles)
+        """
+
+        def emit() -> None:
+            height, scores_at, partial_at = number("height"), pointer("scores"), pointer("partial")
+            tiles = number("tiles")
+            scores, partial = memory(scores_at, (self.rows, BLOCK)), memory(partial_at, (self.partial,))
+
+            def largest(r: Expr, count: int) -> None:
+                top = b.local((LANES,))
+                b.store(top, b.splat(_LOWEST), 0)
+                for at in range(0, count * TILE, LANES):
+                    b.store(top, T.max(b.load(top, 0), b.load(scores, r, at)), 0)
+                b.put(partial, fold(b.load(top, 0), T.max), r)
+
+            def weigh(r: Expr, count: int) -> None:
+                top, total = b.let("top", partial[r]), b.local((LANES,))
+                b.store(total, b.splat(0.0), 0)
+                for at in range(0, count * TILE, LANES):
+                    weight = b.let("weight", exp_nonpositive(b.load(scores, r, at) - b.splat(top)))
+                    b.store(scores, weight, r, at)
+                    b.store(total, b.load(total, 0) + weight, 0)
+                b.store(partial, b.load(total, 0), self.weights_at(r))
+
+            b.store(partial, b.splat(_LOWEST), 0)
+            odd = b.let("odd", T.truncmod(tiles, T.int64(_PAIR)))
+            with b.when(odd != 0), T.serial(height) as r:
+                b.store(scores, b.splat(_HIDDEN), r, tiles * TILE)
+            for count in range(_PAIR, BLOCK // TILE + 1, _PAIR):
+                with b.when(tiles + odd == count):
+                    # For all rows first: a processor would wait for each row's, whose lanes depend on each other.
+                    with T.serial(height) as r:
+                        largest(r, count)
+                    with T.serial(height) as r:
+                        weigh(r, count)
+
+        return inner(f"attention_weights_d{self.dim}", (self.machine,), emit, entry=True)
+
+    @property
+    def merge(self) -> ir.GlobalVar:
+        """The partial of some positions joins that of all before them.
+
+        ::
+
+            merge(before, partial, height)
+        """
+
+        def emit() -> None:
+            addresses, height = [pointer("before"), pointer("partial")], number("height")
+            parts = [memory(at, (self.partial,)) for at in addresses]
+            tops = [b.let("top", b.load(part, 0)) for part in parts]
+            top = b.let("top", T.max(*tops))
+            scales = [b.local((LANES,)) for _ in parts]
+            for scale, old in zip(scales, tops, strict=True):
+                b.store(scale, exp_nonpositive(old - top), 0)
+            b.store(parts[0], top, 0)
+
+            with T.serial(height) as r:
+
+                def join(start: Expr, lanes: int, r: Expr = r) -> None:
+                    at = b.let("at", start)
+                    old, new = (
+                        b.load(part, at, lanes=lanes) * b.splat(scale[r], lanes)
+                        for part, scale in zip(parts, scales, strict=True)
+                    )
+                    b.store(parts[0], old + new, at, lanes=lanes)
+
+                join(self.weights_at(r), LANES)
+                for start, lanes in b.chunks(self.dim):
+                    join(self.values_at(r) + start, lanes)
+
+        return inner(f"attention_merge_d{self.dim}", (self.machine,), emit, entry=True)
+
+    def _wide(self, rows: int) -> int:
+        """How many vectors of each of some rows are summed at once, in registers: a power of two."""
+        held = tile_for(self.machine)
+        most = min(_MOST, held.rows * held.cols // (LANES * rows))
+        return 1 << most.bit_length() - 1
+
+    def _waits(self, rows: int) -> bool:
+        """Whether some rows are so few that reading what they are multiplied with takes longer than multiplying."""
+        return 3 * rows <= 2 * self.rows
+
+    def _by_height(self, name: str, pointers: tuple[str, ...], emit: Callable[..., None]) -> ir.GlobalVar:
+        """A function (height, *pointers, count) that calls one for as many rows or more, whose body `emit` writes."""
+
+        def one(rows: int) -> ir.GlobalVar:
+            def body() -> None:
+                emit(rows, *map(pointer, pointers), number("count"))
+
+            return inner(f"{name}_d{self.dim}_rows{rows}", (self.machine,), body, entry=False)
+
+        def choose() -> None:
+            height = number("height")
+            given = [*map(pointer, pointers), number("count")]
+
+            def least(heights: list[int]) -> None:
+                if heights[1:]:
+                    b.either(
+                        height <= heights[0],
+                        lambda: b.call(one(heights[0]), *given),
+                        lambda: least(heights[1:]),
+                    )
+                else:
+                    b.call(one(heights[0]), *given)
+
+            least([*(rows for rows in _HEIGHTS if rows < self.rows), self.rows])
+
+        return inner(f"{name}_d{self.dim}", (self.machine,), choose, entry=True)
+
+
+def fold(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """All lanes of a vector combined to one, by halves."""
+    lanes = LANES
+    while lanes > 1:
+        lanes //= 2
+        halves = [T.Shuffle([vector], list(range(first, first + lanes))) for first in (0, lanes)]
+        vector = b.let("half", combine(*halves))
+    return vector
+
+
+def _in_turns(count: Expr, step: Callable[[Expr], None]) -> None:
+    """Emit a loop over steps, some of them in a turn."""
+    turns = b.let("turns", T.truncdiv(count, T.int64(_UNROLL)))
+    with T.serial(turns) as turn:
+        for u in range(_UNROLL):
+            step(turn * _UNROLL + u)
+    with T.serial(count - turns * _UNROLL) as rest:
+        step(turns * _UNROLL + rest)
