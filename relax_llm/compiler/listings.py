@@ -14,6 +14,7 @@ import relax_llm
 from relax_llm.artifact import listings
 from relax_llm.artifact.listings import Index, Source
 from relax_llm.compiler.planner import Planner
+from relax_llm.kernels.builder import CALLS
 from relax_llm.kernels.forms import Realized
 from relax_llm.kernels.library import built_in
 from relax_llm.kernels.machine import CODE_GENERATION
@@ -22,7 +23,9 @@ from relax_llm.kernels.machine import CODE_GENERATION
 @contextmanager
 def script(mod: tvm.IRModule) -> Iterator[Future[str]]:
     """Print the kernels of a module while other work goes on: TVM prints without Python's lock."""
-    kernels = {var: func for var, func in mod.functions_items() if isinstance(func, PrimFunc)}
+    kernels = {
+        var: func.without_attr(CALLS) for var, func in mod.functions_items() if isinstance(func, PrimFunc)
+    }
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(tvm.IRModule(kernels).script)
 

@@ -148,15 +148,17 @@ class Planner:
         """The problems of the plan given that the model does not have, one sentence each.
 
         Raises:
-            PlanError: It has none of them: the plan is for another model, or for other weights.
+            PlanError: It has none of those with a weight matrix: the plan is for another model, or for other weights.
         """
         if self._plan is None:
             return []
         met = {id(entry) for _, _, entry in self._choices if entry is not None}
         left = [entry for entry in self._plan.entries if id(entry) not in met]
-        if self._plan.entries and not met:
+        # What has no matrix, such as an argmax, many models have in common.
+        own = [entry for entry in self._plan.entries if entry.layout] or self._plan.entries
+        if own and not any(id(entry) in met for entry in own):
             raise PlanError(
-                f"The plan given names no problem of this model: it is for {left[0].problem} at {left[0].sites[0]} and "
+                f"The plan given names no problem of this model: it is for {own[0].problem} at {own[0].sites[0]} and "
                 "others. Is it for another model, or for another format of weights?"
             )
         return [

@@ -20,7 +20,7 @@ from relax_llm.kernels.inner import INTERNAL
 from relax_llm.kernels.machine import machine
 from relax_llm.kernels.problem import problem_of
 
-from .modules import TARGET, after, before, functions_of, kernels_of, stages, text_of
+from .modules import TARGET, after, before, called_of, functions_of, kernels_of, stages, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +30,7 @@ families = pytest.mark.parametrize("model", ["llama", "gpt2"])
 
 
 def _section(title: str, mod: IRModule) -> str:
-    names = "".join(f"# {name}\n" for name in sorted(kernels_of(mod)))
+    names = "".join(f"# {name}\n" for name in sorted(called_of(mod)))
     return f"# {title}\n\n{text_of(mod['prefill'])}\n# kernels:\n{names}"
 
 

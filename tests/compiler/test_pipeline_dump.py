@@ -118,7 +118,11 @@ def test_the_page_stands_alone_and_counts_lines(dump: Path) -> None:
     page.feed(source)
     assert page.links
     assert all((dump / link).is_file() for link in page.links)
-    for stem in ("04_SelectKernels", "13_CallTIRRewrite"):
+    changed = [
+        path.stem for path in dump.glob("*.diff") if re.search("SelectKernels|CallTIRRewrite", path.stem)
+    ]
+    assert len(changed) == 2
+    for stem in changed:
         diff = (dump / f"{stem}.diff").read_text().splitlines()[2:]
         added, removed = (sum(line.startswith(sign) for line in diff) for sign in "+-")
         assert (
@@ -170,7 +174,7 @@ def test_the_command_line_says_where_to_look(
     assert f"What each pass changed: {tmp_path / 'ir' / 'index.html'}" in re.sub(
         r"\s*\n", "", capsys.readouterr().err
     )
-    assert (tmp_path / "ir" / "21_HideInternal.py").is_file()
+    assert len(list((tmp_path / "ir").glob("*_HideInternal.py"))) == 1
 
 
 def _module(*functions: str) -> list[str]:

@@ -136,7 +136,8 @@ def test_tvmscript_is_read_back(artifact: rl.Artifact) -> None:
     """Vectors of three, intrinsics, C, and what it follows; repros do the same with micro-kernels."""
     listings = artifact.listings
     alone = [name for name in artifact.manifest.kernels if name not in artifact.manifest.dispatchers]
-    names = [*alone, *listings.reached(artifact.kernel("any_rows").listing.symbol)]
+    roots = [*alone, artifact.kernel("any_rows").listing.symbol]
+    names = list(dict.fromkeys(name for root in roots for name in listings.reached(root)))
     module = tvm.script.from_source(listings.module(names).partition("tirx as T\n")[2])
     assert {var.name_hint for var in module.get_global_vars()} == set(names)
 
