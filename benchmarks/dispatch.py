@@ -19,6 +19,7 @@ from relax_llm.kernels.generate import generate
 from relax_llm.kernels.machine import machine
 from relax_llm.kernels.matmul import Matmul
 from relax_llm.kernels.operators import operator_of
+from relax_llm.kernels.threads import link
 from relax_llm.plan.plan import Range
 from relax_llm.plan.sizes import Box
 
@@ -47,7 +48,7 @@ class DispatchCost:
         self._ranges = ranges
         self._directory = tempfile.TemporaryDirectory()
         path = Path(self._directory.name) / "dispatch.so"
-        generate(functions, machine()).export_library(str(path))
+        link(generate(functions, machine()), path)
         self._library = ffi.runtime().load_module(str(path))
 
     def nanoseconds(self, rows: int, rounds: int = 300) -> float:

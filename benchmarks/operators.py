@@ -116,9 +116,10 @@ def _launch(record: Any, problem: Any, sizes: dict[str, int]) -> Callable[[], ob
     from relax_llm.kernels.library import build, built_in
     from relax_llm.kernels.machine import machine
     from relax_llm.kernels.points import all_sizes
+    from relax_llm.kernels.threads import load
 
     here = machine()
-    function = generate({problem.name: build(problem, here)}, here).jit()[problem.name]
+    function = load(generate({problem.name: build(problem, here)}, here))[problem.name]
     every = {**all_sizes(record, sizes)}
     values = record.inputs(problem, every, np.random.default_rng(0), False)
     layout = None

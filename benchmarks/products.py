@@ -154,6 +154,7 @@ class RelaxLLM:
         from relax_llm.kernels.matmul import Matmul
         from relax_llm.kernels.matmul.family import matmul_kernels
         from relax_llm.kernels.matmul.tiled import layout_for
+        from relax_llm.kernels.threads import load
 
         here, problem = machine(), Matmul(shape.n, shape.k)
         self._problem = problem
@@ -162,7 +163,7 @@ class RelaxLLM:
         self._kernels = {kernel.name: kernel for kernel in matmul_kernels(here) if kernel.layout == "tiled"}
         made = {name: kernel.make(problem) for name, kernel in self._kernels.items()}
         made[MULTIPLY_ADD] = multiply_add(here)
-        library = generate(made, here).jit()
+        library = load(generate(made, here))
         half, sums = aligned((threads, LANES)), aligned((threads, LANES))
         half[...] = 0.5
         self._steps = 200_000 * here.accumulators

@@ -275,7 +275,7 @@ def _package_digest() -> str:
 
     digest = hashlib.blake2b(digest_size=16)
     for root in (*relax_llm.__path__, *relax_llm.models.__path__):
-        for file in sorted(Path(root).rglob("*.py")):
+        for file in sorted(path for path in Path(root).rglob("*") if path.suffix in (".py", ".cpp")):
             name = file.relative_to(root)
             if name.parts[0] not in _MAKE_NO_ARTIFACTS:
                 digest.update(str(name).encode())

@@ -3,20 +3,19 @@
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tvm
 from tvm import relax
-from tvm.support import cc
 
 from relax_llm import cpu
 from relax_llm.artifact.artifact import HOW_TO_RUN_ON_GPU, LIBRARY, OBJECTS, SOURCE, how_to_link
 from relax_llm.errors import CompileError
 from relax_llm.kernels.instruments import instruments
 from relax_llm.kernels.machine import CODE_GENERATION, CUDA, Machine
+from relax_llm.kernels.threads import link, threads_object
 
 _ADDRESS = re.compile(r'"0x[0-9a-f]+"')
 """What TVM calls a buffer in the metadata of LLVM IR: where it lay in the memory of the compiler."""
@@ -64,28 +63,24 @@ def write_library(
         CompileError: There is no C++ compiler, or code generation or linking failed.
     """
     here = machine.is_gpu or machine.architecture == cpu.architecture()
-    if here and cc.get_cc() is None:
-        raise CompileError(
-            "A C++ compiler is needed to link the kernels and none was found; install g++ or clang, or set CXX."
-        )
+    if here:
+        threads_object()  # without a C++ compiler there is no use in going on
     _refuse_foreign(objects, machine)
     linker = None if here else cross_linker(machine.architecture)
     name = LIBRARY if here or linker else OBJECTS
     try:
-        with tvm.transform.PassContext(config=CODE_GENERATION), tempfile.TemporaryDirectory() as temporary:
-            files = [Path(temporary) / f"kernel{index}.o" for index in range(len(objects))]
-            for file, data in zip(files, objects, strict=True):
-                file.write_bytes(data)
+        with tvm.transform.PassContext(config=CODE_GENERATION):
             executable = relax.build(
                 _with_instruments(mod, machine), machine.target, relax_pipeline=tvm.transform.Sequential([])
             )
             llvm = llvm_of(executable.mod)
-            options: dict[str, Any] = {"addons": [str(file) for file in files]}
-            if linker:
-                options["fcompile"] = lambda output, inputs, **_: _link(linker, output, inputs)
             if machine.is_gpu:
                 (directory / SOURCE).write_text(_device_source(executable.mod), encoding="utf-8")
-            executable.export_library(str(directory / name), **options)
+            if here:
+                link(executable, directory / name, objects)
+            else:
+                options = {"fcompile": lambda out, inputs, **_: _link(linker, out, inputs)} if linker else {}
+                executable.export_library(str(directory / name), **options)
     except (RuntimeError, ValueError) as error:
         raise CompileError(f"Generating code for {machine.name} failed: {error}") from error
     if machine.is_gpu:

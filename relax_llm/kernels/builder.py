@@ -16,6 +16,7 @@ from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from relax_llm.kernels.machine import LANES
+from relax_llm.kernels.threads import TASKS
 
 Expr = Any  # TIR expressions and buffers carry no useful static types in TVM's Python API.
 
@@ -23,6 +24,8 @@ CALLS = "relax_llm.calls"
 """Function attribute: the functions of the library that a kernel calls."""
 
 _calls: ContextVar[list[GlobalVar]] = ContextVar("calls of the function that is being built")
+
+_LOG_TASKS = TASKS.bit_length() - 1
 
 _OPAQUE = 8  # The operator pattern that tells TVM's fusion to leave a function alone.
 
@@ -208,6 +211,8 @@ def tasks(
 ) -> None:
     """Run `emit(index)` for every index below `count`, over all cores.
 
+    Neighbouring indices go to one core, and every core has as many, as long as none of them is late.
+
     Args:
         count: The number of tasks.
         emit: Emits the body of one.
@@ -217,9 +222,11 @@ def tasks(
     """
 
     def parallel() -> None:
-        with T.parallel(count) as index:
-            IRBuilder.name(name, index)
-            emit(index)
+        with T.parallel(TASKS) as part:
+            begin = let("begin", T.shift_right(count * part, T.int64(_LOG_TASKS)))
+            end = T.shift_right(count * (part + 1), T.int64(_LOG_TASKS))
+            with T.serial(let("own", end - begin)) as own:
+                emit(let(name, begin + own))
 
     def serial() -> None:
         with T.serial(count) as index:

@@ -43,6 +43,7 @@ from relax_llm.kernels.generate import generate
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.operators import Operator, operator_of
 from relax_llm.kernels.points import all_sizes, sizes, status_of
+from relax_llm.kernels.threads import link
 from relax_llm.kernels.trial import BOUND, EXPECTED, Argument, Launch, Request, Trial, array_file
 from relax_llm.places import cache_directory
 
@@ -192,12 +193,8 @@ def _runs_here(machine: Machine, needed: frozenset[str]) -> bool:
 def _build(realized: Realized, machine: Machine, directory: Path) -> Path:
     """Compile the function, and link it with its objects, into a library of its own."""
     library = directory / "kernel.so"
-    objects = [directory / f"object{index}.o" for index in range(len(realized.objects))]
-    for path, content in zip(objects, realized.objects, strict=True):
-        path.write_bytes(content)
     try:
-        compiled = generate({realized.symbol: realized.func}, machine)
-        compiled.export_library(str(library), addons=[str(path) for path in objects])
+        link(generate({realized.symbol: realized.func}, machine), library, realized.objects)
     except (RuntimeError, ValueError, TypeError) as error:
         raise KernelError(
             f"Kernel {realized.kernel.name!r} cannot be compiled for {realized.problem.name}: {error}"

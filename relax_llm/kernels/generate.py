@@ -16,7 +16,7 @@ def generate(functions: Mapping[str, PrimFunc] | Mapping[ir.GlobalVar, PrimFunc]
 
     ::
 
-        multiply = generate({"mine": func}, machine()).jit()["mine"]
+        multiply = load(generate({"mine": func}, machine()))["mine"]
 
     Args:
         functions: By symbol; or by the variables through which they call each other.

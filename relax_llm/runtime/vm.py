@@ -21,16 +21,14 @@ _CPU, _POOLED = 1, 2
 
 
 def set_threads(count: int) -> None:
-    """Use this many threads in kernels. TVM reads the number once, when the first kernel runs.
+    """Use this many threads in kernels. A library reads the number once, when its first kernel runs.
 
     Raises:
         InputError: Kernels have run with another number.
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise InputError(f"The number of threads must be a positive whole number, not {count!r}.")
-    if (
-        count > cpu.cores()
-    ):  # threads of a kernel wait for each other by spinning: more than cores wait for ever
+    if count > cpu.cores():  # they would wait for each other
         raise InputError(f"{count} threads are more than the {cpu.cores()} cores of this process.")
     if ffi.is_loaded() and os.environ.get("TVM_NUM_THREADS") != str(count):
         raise InputError(

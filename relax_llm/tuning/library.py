@@ -10,6 +10,7 @@ from tvm import ir
 from tvm.tirx import PrimFunc
 
 from relax_llm.errors import CompileError
+from relax_llm.kernels import threads
 from relax_llm.kernels.dispatch import Branch, dispatcher, internal
 from relax_llm.kernels.forms import Realized
 from relax_llm.kernels.generate import generate
@@ -71,13 +72,8 @@ def link(entrants: Sequence[Entrant], machine: Machine, path: Path) -> None:
     fresh = path.with_name(f"{path.stem}.{os.getpid()}.{secrets.token_hex(4)}")
     fresh.mkdir(parents=True)
     made = fresh / "kernels.so"
-    files = []
     try:
-        for name, data in objects.items():
-            files.append(fresh / f"{name}.o")
-            files[-1].write_bytes(data)
-        compiled = generate(module.functions, machine)
-        compiled.export_library(str(made), addons=[str(file) for file in files])
+        threads.link(generate(module.functions, machine), made, list(objects.values()))
         made.replace(path)
     except (RuntimeError, ValueError, TypeError) as error:
         raise CompileError(f"Generating code for {machine.name} failed: {error}") from error

@@ -14,6 +14,7 @@ from relax_llm.kernels import generate as code
 from relax_llm.kernels.library import build
 from relax_llm.kernels.machine import Machine, machine
 from relax_llm.kernels.problem import Problem
+from relax_llm.kernels.threads import load
 
 from .guarded import Guarded, InOut, Out
 
@@ -57,15 +58,13 @@ def machine_of(name: str) -> Machine:
 
 def generate(func: Any, on: Machine) -> Any:
     """Generate code for one function, as the compiler does for a whole model."""
-    return code.generate({str(func.attrs["global_symbol"]): func}, on)
+    return load(code.generate({str(func.attrs["global_symbol"]): func}, on))
 
 
 @cache
 def compiled(problem: Problem, name: str) -> Callable[..., None]:
     """The machine code of a problem's kernel; built once in a session."""
-    function: Callable[..., None] = generate(build(problem, machine_of(name)), machine_of(name)).jit()[
-        problem.name
-    ]
+    function: Callable[..., None] = generate(build(problem, machine_of(name)), machine_of(name))[problem.name]
     return function
 
 

@@ -44,7 +44,7 @@ def _kernel(on: str, name: str) -> Kernel:
 @cache
 def _function(problem: Matmul, on: str, name: str) -> Callable[..., None]:
     func = _kernel(on, name).make(problem).with_attr("global_symbol", "kernel")
-    function: Callable[..., None] = generate(func, machine_of(on)).jit()["kernel"]
+    function: Callable[..., None] = generate(func, machine_of(on))["kernel"]
     return function
 
 

@@ -39,7 +39,7 @@ def one_by_one(func: PrimFunc) -> PrimFunc:
 @pytest.mark.parametrize(("record", "problem"), SAMPLES, ids=[problem.name for _, problem in SAMPLES])
 def test_every_operator_is_right(record: Operator, problem: Problem) -> None:
     kernel = one_by_one(gpu_kernel(problem, machine("cuda")))
-    run = generate(kernel, machine()).jit()[problem.name]
+    run = generate(kernel, machine())[problem.name]
     values = record.inputs(problem, SIZES, np.random.default_rng(0), False)
     expected = record.expected(problem, SIZES, values, False)
     arguments, results = [], {}

@@ -63,7 +63,7 @@ def test_the_check_at_the_door(
 @cache
 def _function(problem: Matmul, name: str) -> Callable[..., None]:
     func = _kernel(name).make(problem).with_attr("global_symbol", "kernel")
-    function: Callable[..., None] = generate(func, machine()).jit()["kernel"]
+    function: Callable[..., None] = generate(func, machine())["kernel"]
     return function
 
 

@@ -68,7 +68,7 @@ def _compiled(name: str, on: str, lanes: int) -> Callable[..., None]:
 
         b.tasks(rows, task)
 
-    function: Callable[..., None] = generate(b.prim_func(name, emit), machine_of(on)).jit()[name]
+    function: Callable[..., None] = generate(b.prim_func(name, emit), machine_of(on))[name]
     return function
 
 

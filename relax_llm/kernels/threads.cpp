@@ -1,0 +1,254 @@
+// The threads of a library, which share the loops of its kernels: what generated code calls in place of TVM's pool.
+//
+// TVM's pool gives every thread a fixed part of a loop, and waits for all of them by spinning. Where other programs
+// want the processors too, every loop takes as long as the thread that the system lets wait longest: a fiftieth of the
+// speed was seen. Here
+//   - a loop is cut into TASKS. A thread begins with its own share of them, in order, and then takes what is left of
+//     the others' shares. Nobody waits for a thread that did not begin: only for those that are at a task.
+//   - Who has nothing to do spins for some microseconds and then sleeps, so that others can have the core.
+//   - A thread that was kept from its core in the middle of a task is waited for, at most for as long as the system
+//     serves somebody else. Where that happens twice within a short time the caller does without other threads for some
+//     multiple of it. Then a neighbour has one core, and the loops run on the other at the speed that one core has.
+//
+// Tasks do not depend on each other, so that results are the same whoever runs which.
+
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <thread>
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+namespace {
+
+constexpr int kTasks = TASKS;
+constexpr int kMostThreads = 64;
+constexpr int kSpins = 500;  // looks before a thread sleeps: about ten microseconds
+
+struct Group {  // TVMParallelGroupEnv
+  void *sync_handle;
+  int32_t num_task;
+};
+
+typedef int (*Loop)(int task, Group *group, void *data);
+typedef int64_t Ticks;
+
+constexpr Ticks kLong = 100000;  // some thirty microseconds: shorter waits are those for a task's end
+constexpr Ticks kClose = 3;      // waits that begin within this multiple of their length are of one cause
+constexpr Ticks kAlone = 16;     // multiple of such a wait for which the caller does without other threads
+
+inline Ticks ticks() {
+#ifdef __x86_64__
+  return static_cast<Ticks>(__builtin_ia32_rdtsc());
+#else
+  return std::chrono::steady_clock::now().time_since_epoch().count();
+#endif
+}
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+int wanted_threads() {
+  int wanted = 0;
+  if (const char *text = getenv("TVM_NUM_THREADS")) wanted = atoi(text);
+#ifdef __linux__
+  cpu_set_t processors;
+  if (wanted < 1 && sched_getaffinity(0, sizeof processors, &processors) == 0) wanted = CPU_COUNT(&processors);
+#endif
+  if (wanted < 1) wanted = static_cast<int>(std::thread::hardware_concurrency());
+  return wanted < 1 ? 1 : wanted < kMostThreads ? wanted : kMostThreads;
+}
+
+struct alignas(64) Share {
+  std::atomic<int> next;
+  int end;
+};
+
+class Threads {
+ public:
+  int launch(Loop loop, void *data) {
+    if (busy_.exchange(true, std::memory_order_acquire)) return alone(loop, data);  // another thread's loop is shared
+    if (count_ == 0) start();
+    const Ticks began = ticks();
+    const int failed = count_ == 1 || alone_until_ > began ? alone(loop, data) : shared(loop, data, began);
+    busy_.store(false, std::memory_order_release);
+    return failed;
+  }
+
+  void serve(int self);
+
+  void stop() {  // before the library is unloaded
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stopping_.store(true);
+      work_.notify_all();
+    }
+    for (int i = 1; i < count_; i++) pthread_join(threads_[i], nullptr);
+    count_ = 1;
+  }
+
+  void forget() { new (this) Threads(); }  // after a fork: the child has none of the threads
+
+ private:
+  static int alone(Loop loop, void *data) {
+    Group group = {nullptr, 1};
+    return loop(0, &group, data);
+  }
+
+  void start();
+  int shared(Loop loop, void *data, Ticks began);
+  bool work(int self);
+  void wait();
+
+  std::atomic<bool> busy_{false};
+  int count_ = 0;                             // of threads, the caller's among them; 0: not started
+  Ticks alone_until_ = 0, late_ = 0;          // see kAlone; when the last long wait ended
+  int skip_ = 0, in_vain_ = 0;                // loops for which nobody is woken, for the last was over before they came
+
+  unsigned number_ = 0;                       // of the loop
+  Loop loop_ = nullptr;
+  void *data_ = nullptr;
+  Share shares_[kMostThreads] = {};
+  std::atomic<int> failed_{0};
+  std::atomic<bool> helped_{false};           // another thread has had a task
+  alignas(64) std::atomic<unsigned> open_{0};  // the number of the loop that threads may enter; 0: none
+  alignas(64) std::atomic<int> inside_{0};     // threads that have entered, or look whether they may
+  alignas(64) std::atomic<int> asleep_{0};
+  std::atomic<bool> waiting_{false}, stopping_{false};
+  std::mutex mutex_;
+  std::condition_variable work_, done_;
+  pthread_t threads_[kMostThreads] = {};
+};
+
+alignas(Threads) unsigned char memory[sizeof(Threads)];
+Threads &threads = *new (memory) Threads();
+
+int Threads::shared(Loop loop, void *data, Ticks began) {
+  loop_ = loop;
+  data_ = data;
+  failed_.store(0, std::memory_order_relaxed);
+  helped_.store(false, std::memory_order_relaxed);
+  for (int i = 0; i < count_; i++) {
+    shares_[i].next.store(kTasks * i / count_, std::memory_order_relaxed);
+    shares_[i].end = kTasks * (i + 1) / count_;
+  }
+  number_ = number_ + 1 ? number_ + 1 : 1;
+  open_.store(number_);
+  const bool wakes = asleep_.load() && --skip_ < 0;
+  if (wakes) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    work_.notify_all();
+  }
+  work(0);
+  open_.store(0);
+  const Ticks through = ticks();
+  wait();
+  const Ticks now = ticks(), waited = now - through;
+  if (helped_.load(std::memory_order_relaxed)) {
+    skip_ = in_vain_ = 0;
+  } else if (wakes) {
+    skip_ = in_vain_ = in_vain_ < 32 ? 2 * in_vain_ + 1 : 63;
+  }
+  if (waited > kLong && waited > (through - began) / 4) {
+    if (began - late_ < kClose * waited) alone_until_ = now + kAlone * waited;
+    late_ = now;
+  }
+  return failed_.load(std::memory_order_relaxed);
+}
+
+bool Threads::work(int self) {
+  Group group = {nullptr, kTasks};
+  bool any = false;
+  for (int i = 0; i < count_; i++) {
+    Share &share = shares_[(self + i) % count_];
+    while (share.next.load(std::memory_order_relaxed) < share.end) {
+      const int task = share.next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= share.end) break;
+      any = true;
+      if (const int failed = loop_(task, &group, data_)) failed_.store(failed, std::memory_order_relaxed);
+    }
+  }
+  return any;
+}
+
+void Threads::wait() {  // for those who are at a task
+  for (int i = 0; i < kSpins; i++) {
+    if (!inside_.load()) return;
+    pause();
+  }
+  std::unique_lock<std::mutex> lock(mutex_);
+  waiting_.store(true);
+  done_.wait(lock, [this] { return !inside_.load(); });
+  waiting_.store(false);
+}
+
+void Threads::serve(int self) {
+  unsigned last = 0;
+  const auto opened = [&] {
+    const unsigned now = open_.load();
+    return now && now != last;
+  };
+  while (!stopping_.load(std::memory_order_relaxed)) {
+    int spins = 0;
+    while (spins < kSpins && !opened()) {
+      pause();
+      spins++;
+    }
+    if (spins == kSpins) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      asleep_.fetch_add(1);
+      work_.wait(lock, [&] { return stopping_.load() || opened(); });
+      asleep_.fetch_sub(1);
+    }
+    inside_.fetch_add(1);
+    if (opened()) {  // once inside, the loop is not closed behind this thread's back
+      last = open_.load();
+      if (work(self)) helped_.store(true, std::memory_order_relaxed);
+    }
+    if (inside_.fetch_sub(1) == 1 && waiting_.load()) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      done_.notify_one();
+    }
+  }
+}
+
+void *serve(void *self) {
+  threads.serve(static_cast<int>(reinterpret_cast<intptr_t>(self)));
+  return nullptr;
+}
+
+void Threads::start() {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { threads.forget(); });
+  static_cast<void>(registered);
+  const int wanted = wanted_threads();
+  int made = 1;
+  while (made < wanted && !pthread_create(&threads_[made], nullptr, ::serve, reinterpret_cast<void *>(intptr_t{made})))
+    made++;
+  count_ = made;
+}
+
+struct Unloading {
+  ~Unloading() { threads.stop(); }
+} unloading;
+
+int launch(Loop loop, void *data, int) { return threads.launch(loop, data); }
+
+}  // namespace
+
+// The variable that generated code calls through. It is hidden: TVM's loader does not find it, and leaves it as it is.
+extern "C" {
+extern __attribute__((visibility("hidden"))) int (*__TVMBackendParallelLaunch)(Loop, void *, int);
+int (*__TVMBackendParallelLaunch)(Loop, void *, int) = launch;
+}
