@@ -142,9 +142,9 @@ class Artifact:
 
         return kernel_of(self, name, site, operator, sizes)
 
-    def weights(self) -> list[npt.NDArray[Any]]:
-        """The packed weights, memory-mapped, in the order of the functions' argument."""
-        return weights.read(self.path / WEIGHTS, self.manifest.weights)
+    def weights(self, *, mapped: bool | None = None) -> list[npt.NDArray[Any]]:
+        """The packed weights in the order of the functions' argument; see `relax_llm.artifact.weights.read`."""
+        return weights.read(self.path / WEIGHTS, self.manifest.weights, mapped=mapped)
 
     def save(self, directory: str | os.PathLike[str], *, python_kernels: bool = False) -> "Artifact":
         """Copy the artifact to a directory of yours.

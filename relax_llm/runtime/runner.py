@@ -56,15 +56,22 @@ class Runner:
     """
 
     def __init__(
-        self, artifact: Artifact, *, threads: int | None = None, selection: Selection = "dynamic"
+        self,
+        artifact: Artifact,
+        *,
+        threads: int | None = None,
+        selection: Selection = "dynamic",
+        mapped: bool | None = None,
     ) -> None:
-        """Load an artifact's code and map its weights.
+        """Load an artifact's code and its weights.
 
         Args:
             artifact: From `compile` or `load`.
             threads: Threads that kernels use; by default all cores of this process. One number for a process.
             selection: "dynamic": at each size the kernel that the plan has for it; "pinned": at each site one kernel
                 for every size, so that results are bitwise the same however tokens are divided among calls.
+            mapped: Whether to map the weights' file, whose pages are read when first used and shared between processes,
+                or to copy it into large pages; by default the map, where the system keeps files in large pieces.
 
         Raises:
             ArtifactError: The library or the weights cannot be loaded, or selection is pinned and a site has no
@@ -81,7 +88,7 @@ class Runner:
         self.context_length = manifest.context_length
         self.generation_config = manifest.generation_config
         self._machine = vm.VirtualMachine(artifact.library)
-        self._weights = vm.pack([vm.tensor(array) for array in artifact.weights()])
+        self._weights = vm.pack([vm.tensor(array) for array in artifact.weights(mapped=mapped)])
         self._functions = {name: self._machine[name] for name in manifest.functions}
         self._running = Lock()  # the virtual machine has one set of registers
         self._control = Control(artifact, self._machine, selection, self._running)

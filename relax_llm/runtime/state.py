@@ -1,5 +1,6 @@
 """A conversation's KV cache: plain tensors that grow on demand."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -146,13 +147,17 @@ class State:
 
     def _grow(self, capacity: int) -> None:
         tiles, used = capacity // TILE, -(-self._length // TILE)
-        arrays: list[Array] = []
-        for layer in self._layers:
-            outer = (self.batch, layer.kv_heads, tiles)
-            for inner in ((layer.head_dim, TILE), (TILE, layer.head_dim)):
-                grown = aligned((*outer, *inner))
-                if self._arrays:
-                    grown[:, :, :used] = self._arrays[len(arrays)][:, :, :used]
-                arrays.append(grown)
+        shapes = [
+            (self.batch, layer.kv_heads, tiles, *inner)
+            for layer in self._layers
+            for inner in ((layer.head_dim, TILE), (TILE, layer.head_dim))
+        ]
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
+        memory = aligned((int(ends[-1]),)) if shapes else aligned((0,))  # of all layers, for large pages
+        arrays = [
+            part.reshape(shape) for part, shape in zip(np.split(memory, ends[:-1]), shapes, strict=True)
+        ]
+        for grown, old in zip(arrays, self._arrays, strict=False):
+            grown[:, :, :used] = old[:, :, :used]
         self._arrays, self._capacity = arrays, capacity
         self._argument = vm.pack([vm.tensor(array) for array in arrays])

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import relax_llm as rl
 from relax_llm.artifact.manifest import Manifest, Weight
-from relax_llm.artifact.weights import ALIGNMENT, read, write
+from relax_llm.artifact.weights import ALIGNMENT, aligned, read, write
 from relax_llm.errors import ArtifactError
 
 from ..machines import PLAINER
@@ -149,18 +149,41 @@ ODD = (
 )
 
 
-def test_odd_sizes_and_all_types_are_written_and_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mapped", [True, False, None])
+def test_odd_sizes_and_all_types_are_written_and_read(tmp_path: Path, mapped: bool | None) -> None:
     random = np.random.default_rng(0)
     values = {w.name: random.integers(0, 100, w.shape) for w in ODD}
     path = tmp_path / "weights.safetensors"
     with path.open("wb") as file:
         write(file, ODD, lambda weight: values[weight.name])
-    for weight, array in zip(ODD, read(path, ODD), strict=True):
+    for weight, array in zip(ODD, read(path, ODD, mapped=mapped), strict=True):
         assert array.dtype.name == weight.dtype
         assert array.ctypes.data % ALIGNMENT == 0
         np.testing.assert_array_equal(array.astype(np.int64), values[weight.name])
-    (last,) = read(path, ODD[-1:])
+        array[...] = 0  # is not written to the file
+    (last,) = read(path, ODD[-1:], mapped=mapped)
     np.testing.assert_array_equal(last, values[ODD[-1].name])
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_file_that_was_cut_off_is_refused(tmp_path: Path, mapped: bool) -> None:
+    path = tmp_path / "weights.safetensors"
+    with path.open("wb") as file:
+        write(file, ODD, lambda weight: np.zeros(weight.shape))
+    whole = path.read_bytes()
+    for size in (0, 4, 100, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ArtifactError, match=r"cannot be read .*compile the artifact again"):
+            read(path, ODD, mapped=mapped)
+
+
+def test_large_memory_is_zeroed_and_aligned() -> None:
+    for count in (2**21 - 64, 2**21, 2**23 + 4):
+        memory = aligned((count // 4,))
+        assert memory.ctypes.data % ALIGNMENT == 0
+        assert not memory.any()
+        memory[...] = 1
+        assert memory.sum(dtype=np.float64) == count // 4
 
 
 def test_a_weight_of_another_shape_is_not_written(tmp_path: Path) -> None:
@@ -173,7 +196,7 @@ import json, re, sys
 import relax_llm as rl
 
 artifact = rl.load(sys.argv[1])
-runner = rl.Runner(artifact)
+runner = rl.Runner(artifact, mapped=sys.argv[2] == "mapped")
 state = runner.start()
 for token in (1, 2, 3):
     runner.decode(state, token)
@@ -191,20 +214,23 @@ print(json.dumps({"weights": weights, "anonymous": anonymous}))
 
 
 def test_weights_are_in_memory_once(artifact: rl.Artifact, tmp_path: Path) -> None:
-    """They stay a map of the file, whose pages every process shares; no page of it is copied."""
+    """As a map of the file, whose pages every process shares, of which no page is copied; or as a copy of all."""
     config = {**LLAMA, "vocab_size": 40_000, "hidden_size": 256}
     large = rl.compile(
         write_checkpoint(tmp_path / "large", config), output=tmp_path / "out", cache=False, target=PLAINER
     )
     size = (large.path / "weights.safetensors").stat().st_size
     assert size > 40_000_000
-    result = run(MEMORY, large.path)
+    result = run(MEMORY, large.path, "mapped")
     assert len(result["weights"]) == 1
     assert result["weights"][0]["Anonymous"] == 0
     assert result["weights"][0]["Rss"] > 0.9 * size, "decoding reads all of the head"
     # NumPy, the runtime and Python take some 30 MB of their own: as much as with a small model.
-    bare = run(MEMORY, artifact.path)
+    bare = run(MEMORY, artifact.path, "mapped")
     assert result["anonymous"] - bare["anonymous"] < 0.25 * size
+    copied = run(MEMORY, large.path, "copied")
+    assert not copied["weights"]
+    assert 0.9 * size < copied["anonymous"] - bare["anonymous"] < 1.25 * size
 
 
 def test_saving_onto_itself_changes_nothing(artifact: rl.Artifact, tmp_path: Path) -> None:
