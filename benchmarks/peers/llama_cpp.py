@@ -2,9 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,18 +23,14 @@ def prepare(forms: Forms, variant: str) -> Path:
 
 def load(path: Path, variant: str, threads: int) -> Answer:
     """Load the file."""
-    return bindings("llama_cpp", path, threads)
+    import llama_cpp
 
-
-def bindings(module: str, path: Path, threads: int, **options: Any) -> Answer:
-    """Load a model through llama-cpp-python or a fork of it."""
-    library = import_module(module)
-    model = library.Llama(
-        str(path), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False, **options
+    model = llama_cpp.Llama(
+        str(path), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False
     )
 
     def likeliest() -> int:
-        logits = library.llama_cpp.llama_get_logits_ith(model.ctx, -1)
+        logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
         return int(np.ctypeslib.as_array(logits, (model.n_vocab(),)).argmax())
 
     def answer(token_ids: Sequence[int], count: int) -> Stamps:

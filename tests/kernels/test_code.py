@@ -14,6 +14,7 @@ import pytest
 from relax_llm.errors import CompileError
 from relax_llm.kernels.attention import Attention
 from relax_llm.kernels.cache import Append
+from relax_llm.kernels.generate import generate
 from relax_llm.kernels.library import build
 from relax_llm.kernels.lookup import Embedding, LastToken
 from relax_llm.kernels.machine import machine
@@ -22,8 +23,6 @@ from relax_llm.kernels.matmul.shape import UNROLL, tile_for
 from relax_llm.kernels.norm import Norm
 from relax_llm.kernels.positions import Positions, RopeTable
 from relax_llm.kernels.problem import ATTRIBUTE, Problem, problem_of
-
-from .bench import generate
 
 MATMUL = Matmul(100, 33, bias=True, activation="gelu", residual=True)
 GATED = Matmul(100, 33, activation="silu", gated=True)
@@ -50,7 +49,7 @@ names = lambda problem: problem.name[:40]  # noqa: E731
 
 @cache
 def _source(problem: Problem, name: str, kind: str) -> str:
-    module = generate(build(problem, machine(name)), machine(name)).mod
+    module = generate({problem.name: build(problem, machine(name))}, machine(name)).mod
     text: str = module.inspect_source(kind)
     return text
 

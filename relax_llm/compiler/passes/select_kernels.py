@@ -30,6 +30,10 @@ PACK = "relax_llm.pack."
 """Prefix of the functions that pack a weight; the layout follows."""
 
 
+_ROUNDED = {"bf16": "bf16"}
+"""What activations of products with floats may be rounded to."""
+
+
 @dataclass(frozen=True)
 class SelectKernels:
     """Call the kernels that serve each problem, a matmul over its weight packed as they want it.
@@ -48,7 +52,7 @@ class SelectKernels:
     serves a problem, and its loops become the function's own.
 
     Where weights are not stored as f32, they are encoded first: `R.call_pure_packed("relax_llm.encode.q8", wd)`.
-    Products of weights in blocks may round their activations to int8.
+    Products of weights in blocks may round their activations to int8, and those of weights in bf16 to bf16.
 
     An embedding that shares its table with a matmul reads it in the matmul's layout, so that it is stored once. Another
     table of tokens has the matmuls' format.
@@ -70,7 +74,7 @@ class SelectKernels:
                 if isinstance(problem, Matmul):
                     weight = call.args[1][1]
                     stored = self.planner.storage.format(_sources(line, weight), problem.n)
-                    rounded = "int8" if isinstance(FORMATS[stored], Blocks) else None
+                    rounded = "int8" if isinstance(FORMATS[stored], Blocks) else _ROUNDED.get(stored)
                     problem = changed_copy(problem, weight_format=stored, activations=rounded)
                     choice = self.planner.choose(problem, _site(line, [weight], problem))
                     # A GPU's kernels mostly read the weight as it is, as an embedding may beside them.

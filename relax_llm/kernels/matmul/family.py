@@ -4,10 +4,12 @@ from collections.abc import Callable
 from functools import partial
 
 from relax_llm.formats import FORMATS
+from relax_llm.kernels.intrinsics import BF16
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul.blocked import blocked
 from relax_llm.kernels.matmul.cost import blocked_cost, tiled_cost
 from relax_llm.kernels.matmul.integer import FEATURES, FORMATS_READ, integer, integer_cost
+from relax_llm.kernels.matmul.pairs import pairs, pairs_cost
 from relax_llm.kernels.matmul.plain import plain_panels, plain_rows
 from relax_llm.kernels.matmul.problem import Matmul
 from relax_llm.kernels.matmul.shape import first_blocked
@@ -20,6 +22,7 @@ _ALL = frozenset({"bias", "activation", "gate", "residual"})
 _MANY_ROWS = (
     9  # from which on activations of one byte pay; with fewer, reading the weight is most of the time
 )
+_ROUNDED_ROWS = 5  # from which on products of bf16 pay; with fewer, reading the weight is all of the time
 _FEW_ROWS = 6  # up to which a dot product for each output beats transposing the weight first
 
 
@@ -51,6 +54,18 @@ def matmul_kernels(machine: Machine) -> list[Kernel]:
             # Products in integers are ahead of it at every size, and it is a lot of code.
             weights=_PACKED - (FORMATS_READ if machine.features >= FEATURES else frozenset()),
             cost=blocked_cost(machine),
+        ),
+        Kernel(
+            "pairs",
+            "matmul",
+            "primfunc",
+            make(pairs),
+            sizes=Box.of(M=(_ROUNDED_ROWS, None)),
+            layout="tiled",
+            absorbs=_ALL,
+            features=BF16,
+            weights=frozenset({"bf16"}),
+            cost=pairs_cost(machine, tiled_cost(machine)),
         ),
         *(
             Kernel(

@@ -46,7 +46,7 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
     Raises:
         Declined: The problem does not allow to round its activations so.
     """
-    if PLANES.get(problem.activations or "", 3) > planes:
+    if PLANES.get(problem.activations or "", 3) > planes:  # of f32 and bf16 none is known
         wanted = problem.activations or "f32"
         raise Declined(f"rounds activations to int{8 * planes}, and the problem wants them in {wanted}")
     k = problem.k

@@ -4,6 +4,8 @@ They know nothing of a product but how its weight is stored and how far apart th
 library that agree in these share them.
 """
 
+import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 from tvm import ir
@@ -12,9 +14,10 @@ from tvm.tirx.script.builder import ir as T
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.inner import inner, memory, number, pointer
+from relax_llm.kernels.intrinsics import dot_bf16, imported
 from relax_llm.kernels.layout import Packed
 from relax_llm.kernels.machine import Machine
-from relax_llm.kernels.matmul.reading import panel_words, reader
+from relax_llm.kernels.matmul.reading import Reader, panel_words, reader
 from relax_llm.kernels.matmul.shape import UNROLL, tile_for
 
 STREAMS = 2
@@ -27,7 +30,7 @@ _POINTERS = ("x", "weight", "sums", "ahead", "beyond")
 _NUMBERS = ("apart", "turns", "rest", "carry", "spacing")
 
 
-def multiply(layout: Packed, stride: int, machine: Machine) -> ir.GlobalVar:
+def multiply(layout: Packed, stride: int, machine: Machine, *, pairs: bool = False) -> ir.GlobalVar:
     """The function that adds a tile of products to sums, over a part of the reduction.
 
     ::
@@ -44,42 +47,57 @@ def multiply(layout: Packed, stride: int, machine: Machine) -> ir.GlobalVar:
     misses of its own in flight to read memory at full speed, and its prefetcher looks only some lines ahead. From two
     places at once, `ahead` and `beyond`, the prefetcher follows both, with twice as many lines in flight. Each turn
     asks for lines `spacing` elements of four bytes further on.
+
+    With `pairs`, elements of x are words of two bf16, as those of the weight are, and a step of the reduction is one.
     """
     tile = tile_for(machine)
     layout = replace(layout, gated=False)  # which outputs the columns are is not known here
 
     def emit() -> None:
         height = number("height")
-        given = [pointer(name, layout.dtype if name == "weight" else "float32") for name in _POINTERS]
+        given = [pointer(name, dtype) for name, dtype in _pointers(layout, pairs)]
         given += [number(name) for name in _NUMBERS]
         for rows in range(1, tile.rows + 1):
             with b.when(height == rows):
-                b.call(_tile(layout, stride, rows, machine), *given)
+                b.call(_tile(layout, stride, rows, machine, pairs), *given)
 
-    return inner(f"multiply_{layout.name}_stride{stride}", (machine,), emit)
+    return inner(f"{_name(layout, pairs)}_stride{stride}", (machine,), emit)
 
 
-def _tile(layout: Packed, stride: int, rows: int, machine: Machine) -> ir.GlobalVar:
+def _name(layout: Packed, pairs: bool) -> str:
+    return f"multiply_{'pairs_' if pairs else ''}{layout.name}"
+
+
+def _pointers(layout: Packed, pairs: bool) -> list[tuple[str, str]]:
+    """The addresses that a micro-kernel takes, and what is there."""
+    known = {"x": "int32" if pairs else "float32", "weight": layout.dtype}
+    return [(name, known.get(name, "float32")) for name in _POINTERS]
+
+
+def _tile(layout: Packed, stride: int, rows: int, machine: Machine, pairs: bool) -> ir.GlobalVar:
     """The function for one height, without that argument."""
     tile = tile_for(machine)
     # A turn reads this many lines from each stream; tall tiles come in pairs, which share the work of asking.
-    lines = -(-UNROLL * panel_words(layout, 32) // (32 * STREAMS * _LINE))
+    words = layout.cols if pairs else panel_words(layout, 32) / 32  # of the weight in a step
+    lines = math.ceil(UNROLL * words / (STREAMS * _LINE))
     lines = lines if rows <= tile.alone else -(-lines // 2)
 
     def emit() -> None:
-        given = {name: pointer(name, layout.dtype if name == "weight" else "float32") for name in _POINTERS}
+        given = {name: pointer(name, dtype) for name, dtype in _pointers(layout, pairs)}
         apart, turns, rest, carry, spacing = map(number, _NUMBERS)
-        x = memory(given["x"], (rows * stride,))
-        weight = memory(given["weight"], layout.shape(tile.cols, _FAR), layout.dtype)
+        x = memory(given["x"], (rows * stride,), "int32" if pairs else "float32")
         sums = memory(given["sums"], (_FAR,))
         streams = [memory(given[name], (_FAR,)) for name in ("ahead", "beyond")]
-        vectors = reader(layout, weight, 1, _FAR, machine)(T.int64(0), T.int64(0))
+        vectors = (
+            _pairs_at(given["weight"], tile.cols) if pairs else _floats_at(layout, given["weight"], machine)
+        )
         acc = b.Registers(rows, b.chunks(tile.cols))
 
         def step(k: Expr, u: int) -> None:
-            for row, index, column, _ in acc:
-                product = b.splat(x[row * stride + k]) * vectors(k, u, column)
-                acc.set(row, index, acc.get(row, index) + product)
+            for row, index, column, lanes in acc:
+                total, own, weights = acc.get(row, index), x[row * stride + k], vectors(k, u, column)
+                own = T.broadcast(own, lanes)
+                acc.set(row, index, dot_bf16(total, weights, own) if pairs else total + own * weights)
 
         def place(row: int, column: int) -> Expr:
             return row * apart + column
@@ -88,16 +106,30 @@ def _tile(layout: Packed, stride: int, rows: int, machine: Machine) -> ir.Global
             for row, index, column, lanes in acc:
                 acc.set(row, index, b.load(sums, place(row, column), lanes=lanes))
 
-        b.either(carry == 0, acc.clear, load)
-        with T.serial(turns) as turn:
-            for u in range(UNROLL):
-                for at in range(u * lines * STREAMS // UNROLL, (u + 1) * lines * STREAMS // UNROLL):
-                    b.prefetch(streams[at % STREAMS], turn * spacing + at // STREAMS * _LINE)
-                step(turn * UNROLL + u, u)
-        for u in range(UNROLL - 1):
-            with b.when(rest > u):
-                step(turns * UNROLL + u, u)
-        for row, index, column, lanes in acc:
-            b.store(sums, acc.get(row, index), place(row, column), lanes=lanes)
+        with imported() if pairs else nullcontext():
+            b.either(carry == 0, acc.clear, load)
+            with T.serial(turns) as turn:
+                for u in range(UNROLL):
+                    for at in range(u * lines * STREAMS // UNROLL, (u + 1) * lines * STREAMS // UNROLL):
+                        b.prefetch(streams[at % STREAMS], turn * spacing + at // STREAMS * _LINE)
+                    step(turn * UNROLL + u, u)
+            for u in range(UNROLL - 1):
+                with b.when(rest > u):
+                    step(turns * UNROLL + u, u)
+            for row, index, column, lanes in acc:
+                b.store(sums, acc.get(row, index), place(row, column), lanes=lanes)
 
-    return inner(f"multiply_{layout.name}_stride{stride}_rows{rows}", (machine,), emit, entry=False)
+    name = f"{_name(layout, pairs)}_stride{stride}_rows{rows}"
+    return inner(name, (machine,), emit, entry=False)
+
+
+def _floats_at(layout: Packed, address: Expr, machine: Machine) -> Reader:
+    """Gives vectors of the weight, as f32."""
+    weight = memory(address, layout.shape(layout.cols, _FAR), layout.dtype)
+    return reader(layout, weight, 1, _FAR, machine)(T.int64(0), T.int64(0))
+
+
+def _pairs_at(address: Expr, cols: int) -> Reader:
+    """Gives vectors of the weight, as words of two bf16."""
+    words = memory(address, (_FAR, cols), "int32")
+    return lambda pair, _, column: b.load(words, pair, column)

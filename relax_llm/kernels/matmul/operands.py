@@ -134,18 +134,21 @@ class Parts:
 
     Attributes:
         operands: The arguments.
-        blocking: The cuts.
+        blocking: The cuts; steps are pairs of bf16 where `pairs`.
         stride: Elements between rows of what is multiplied.
+        pairs: Whether x comes as words of two bf16.
     """
 
     operands: Operands
     blocking: Blocking
     stride: int
+    pairs: bool = False
 
     @property
     def words(self) -> int:
         """Elements of four bytes that a panel has for a part."""
-        return panel_words(self.operands.layout, self.blocking.steps)
+        steps = self.blocking.steps
+        return steps * self.operands.tile.cols if self.pairs else panel_words(self.operands.layout, steps)
 
     def at(self, panel: Expr, part: Expr) -> Expr:
         """Where a part of a panel begins in the weight."""
@@ -182,7 +185,7 @@ class Parts:
         ahead = b.let("ahead", following + index * turns * spacing)
         last = T.if_then_else(part == count - 1, T.int64(rest), T.int64(0))
         b.call(
-            multiply(operands.layout, self.stride, operands.machine),
+            multiply(operands.layout, self.stride, operands.machine, pairs=self.pairs),
             height,
             x,
             T.address_of(operands.weight[self.at(panel, part)]),

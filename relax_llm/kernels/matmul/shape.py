@@ -100,6 +100,13 @@ def blocked_blocking(problem: Matmul, machine: Machine) -> Blocking:
     return Blocking(tile_for(machine), problem.k, steps, _TILES, 2 * _GROUP if steps >= problem.k else _GROUP)
 
 
+def pairs_blocking(problem: Matmul, machine: Machine) -> Blocking:
+    """The cuts of `pairs`, whose steps are pairs along k."""
+    tile, count = tile_for(machine), -(-problem.k // 2)
+    most = max(_FEWEST, min(_TILES, _BLOCK // (count * tile.rows)))
+    return Blocking(tile, count, _steps(count, _BLOCKED_STEPS), most)
+
+
 def _steps(k: int, most: int) -> int:
     """Steps of each part: at most `most`, about the same in all."""
     count = -(-k // most)

@@ -83,7 +83,7 @@ def _integers(problem: Matmul, rows: int, rng: np.random.Generator) -> dict[str,
 
     limits = {"x": largest, "weight": largest, "bias": 2**shift, "residual": 2**shift}
     made = {name: draw(shape, limits[name]) for name, shape in _shapes(problem, rows)}
-    if problem.activations:
+    if problem.activations in PLANES:
         made["x"][:, ::GROUP] = np.copysign(127, made["x"][:, ::GROUP])
     for name in made.keys() - {"x"}:
         made[name] *= np.float32(2.0**-shift)
@@ -135,7 +135,8 @@ def bounded(problem: Matmul, values: Mapping[str, Array], *, exact: bool) -> tup
     the error |a| d(b) + |b| d(a) + d(a) d(b) and a rounding. A residual may be where the sum starts from or be added
     last: g + 2 roundings of its size, and one of the result's.
 
-    Where the problem allows activations in integers, each may be off by half a step of its group's.
+    Where the problem allows activations to be rounded, each may be off by half a step, which in integers is one of its
+    group's.
 
     Args:
         problem: What to compute.
@@ -157,7 +158,7 @@ def bounded(problem: Matmul, values: Mapping[str, Array], *, exact: bool) -> tup
     else:
         error = roundings * u * reference(linear, {name: np.abs(array) for name, array in outer.items()})
     if problem.activations and not exact:
-        step = _largest_of_groups(values["x"]) / (2 * MOST[PLANES[problem.activations]])
+        step = _half_steps(problem, values["x"])
         error = error + 1.001 * step @ np.abs(values["weight"].astype(np.float64)).T
     half = problem.outputs
     value, bound = total[:, :half], error[:, :half]
@@ -172,6 +173,13 @@ def bounded(problem: Matmul, values: Mapping[str, Array], *, exact: bool) -> tup
     if problem.residual:
         bound = bound + u * ((roundings + 2.0) * np.abs(values["residual"]) + np.abs(right))
     return right, bound
+
+
+def _half_steps(problem: Matmul, x: Array) -> Array:
+    """How far a rounded activation may be from each element [M, K]."""
+    if problem.activations == "bf16":
+        return np.abs(x.astype(np.float64)) * 2.0**-8 + 2.0**-126  # half a step of the largest of a binade
+    return _largest_of_groups(x) / (2 * MOST[PLANES[problem.activations or ""]])
 
 
 def _largest_of_groups(x: Array) -> Array:
@@ -218,6 +226,9 @@ MATMUL = Operator(
         Matmul(48, 64, "bf16"),
         Matmul(70, 33, "bf16", activation="silu", gated=True),
         Matmul(21, 19, "bf16", bias=True, residual=True),
+        Matmul(48, 64, "bf16", activations="bf16"),
+        Matmul(70, 33, "bf16", activation="silu", gated=True, activations="bf16"),
+        Matmul(21, 1301, "bf16", bias=True, residual=True, activations="bf16"),
         Matmul(40, 35, "f16", residual=True),
         Matmul(48, 64, "q8"),
         Matmul(70, 33, "q8", activation="silu", gated=True),
