@@ -69,7 +69,7 @@ def smollm2_path() -> Path:
 
 @pytest.fixture(scope="session")
 def torch_threads() -> None:
-    """Keep the reference to two threads, so that it takes the same time wherever the tests run; to one beside others."""
+    """Keep the reference to two threads, so that it takes the same time everywhere; to one beside other processes."""
     import torch
 
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

@@ -181,7 +181,7 @@ def never(runner: rl.Runner) -> bool:
         ),
         ({"bad": {"layers.*": "nothing"}}, "No kernel 'nothing'"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_what_is_refused(runner: rl.Runner, options: dict[str, Any], said: str) -> None:
     options = {name: runner if value == "self" else value for name, value in options.items()}
