@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks.models import Forms
 from benchmarks.peers.engine import Answer, Stamps
+from relax_llm.finding.torch_model import with_cache
 
 NAME = "torch"
 PACKAGE = "torch"
@@ -42,9 +43,8 @@ def load(path: Path, variant: str, threads: int) -> Answer:
         ids = list(token_ids)
         with torch.inference_mode():
             while len(stamps) < count:
-                logits = model(
-                    input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1
-                ).logits
+                kept = with_cache(model, cache)
+                logits = model(input_ids=torch.tensor([ids]), logits_to_keep=1, **kept).logits
                 stamps.append((int(logits[0, -1].argmax()), time.perf_counter()))
                 ids = [stamps[-1][0]]
         return stamps

@@ -1,5 +1,6 @@
 """What of a Hugging Face reference needs PyTorch and transformers, which are imported here and nowhere else."""
 
+import inspect
 import json
 import os
 import tempfile
@@ -55,15 +56,19 @@ def cache(model: Any) -> Any:
         return DynamicCache()
 
 
+def with_cache(model: Any, kept: Any) -> dict[str, Any]:
+    """The arguments by which a model, or a part of one, goes on from a cache; newer versions call it otherwise."""
+    known = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": kept, "use_cache": True}
+
+
 def call(model: Any, kept: Any, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
     """Go on by some tokens; logits [vocab] after the last."""
     import torch
 
     with torch.inference_mode():
         ids = torch.tensor([list(token_ids)], dtype=torch.long)
-        logits: npt.NDArray[np.float32] = (
-            model(ids, past_key_values=kept, use_cache=True).logits[0, -1].numpy()
-        )
+        logits: npt.NDArray[np.float32] = model(ids, **with_cache(model, kept)).logits[0, -1].numpy()
     return logits
 
 

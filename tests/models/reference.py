@@ -23,6 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from relax_llm.finding.torch_model import with_cache
+
 from .configurations import TOTAL
 
 if TYPE_CHECKING:
@@ -203,7 +205,8 @@ class Reference:
         cache = DynamicCache(config=self.model.config)
         with torch.inference_mode():
             parts = torch.split(torch.from_numpy(ids), list(calls), dim=1)
-            outputs = [self.model.base_model(part, past_key_values=cache, use_cache=True) for part in parts]
+            base = self.model.base_model
+            outputs = [base(part, **with_cache(base, cache)) for part in parts]
             hidden = torch.cat([output.last_hidden_state for output in outputs], dim=1)
             return self.head(hidden).numpy(), hidden.numpy()
 
