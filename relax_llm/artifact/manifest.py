@@ -98,11 +98,19 @@ class Dispatcher:
 
 @dataclass(frozen=True)
 class Cache:
-    """Shapes of one attention site's KV cache: [batch, kv_heads, tiles, ...]."""
+    """One attention site's KV cache, whose shapes `relax_llm.artifact.kv_cache` has.
+
+    Attributes:
+        site: The place in the model.
+        kv_heads: Key and value heads.
+        head_dim: Channels of a head.
+        format: "f32" or "bf16".
+    """
 
     site: str
     kv_heads: int
     head_dim: int
+    format: str = "f32"
 
 
 @dataclass(frozen=True)

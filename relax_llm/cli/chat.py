@@ -28,6 +28,7 @@ def chat(
         str | None, typer.Option("--system", "-s", metavar="TEXT", help="What the model is told first.")
     ] = None,
     weights: o.Weights = None,
+    kv_cache: o.KVCache = None,
     architecture: o.Architecture = None,
     kernels: o.Kernels = None,
     target: o.Target = None,
@@ -77,7 +78,7 @@ def chat(
     )
     model = named_or_default(model_name or model)
     artifact = open_artifact(
-        model, weights=weights, architecture=architecture, kernels=kernels, target=target
+        model, weights=weights, kv_cache=kv_cache, architecture=architecture, kernels=kernels, target=target
     )
     conversation = Conversation(start_runner(artifact, threads), system, options, timings=timings)
     if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():

@@ -33,6 +33,7 @@ def compile_(
         ),
     ],
     weights: o.Weights = None,
+    kv_cache: o.KVCache = None,
     architecture: o.Architecture = None,
     kernels: o.Kernels = None,
     target: o.Target = None,
@@ -79,6 +80,7 @@ def compile_(
     artifact = compile_with_notes(
         checkpoint,
         weights=weights,
+        kv_cache=kv_cache,
         architecture=architecture,
         kernels=kernels,
         target=target,

@@ -22,6 +22,7 @@ def generate(
     ],
     model: o.Model = None,
     weights: o.Weights = None,
+    kv_cache: o.KVCache = None,
     architecture: o.Architecture = None,
     kernels: o.Kernels = None,
     target: o.Target = None,
@@ -92,7 +93,7 @@ def generate(
     given = answers.parse_ids(prompt) if ids else prompt
     model = named_or_default(model)
     artifact = open_artifact(
-        model, weights=weights, architecture=architecture, kernels=kernels, target=target
+        model, weights=weights, kv_cache=kv_cache, architecture=architecture, kernels=kernels, target=target
     )
     if artifact.tokenizer is None and not ids:
         raise InputError(

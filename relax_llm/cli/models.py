@@ -62,6 +62,7 @@ def open_artifact(
     model: str,
     *,
     weights: str | None = None,
+    kv_cache: str | None = None,
     architecture: str | None = None,
     kernels: list[str] | None = None,
     target: str | None = None,
@@ -75,17 +76,14 @@ def open_artifact(
     """
     from relax_llm.artifact.artifact import load
 
+    options = {"weights": weights, "kv_cache": kv_cache, "architecture": architecture, "target": target}
     if is_artifact(model):
-        refuse_compile_options(
-            model, weights=weights, architecture=architecture, kernels=kernels, target=target
-        )
+        refuse_compile_options(model, **options, kernels=kernels)
         artifact = load(Path(model).expanduser())
         for text in artifact.manifest.notes:
             screen.note(text)
         return artifact
-    return compile_with_notes(
-        model, weights=weights, architecture=architecture, kernels=kernels, target=target
-    )
+    return compile_with_notes(model, **options, kernels=kernels)
 
 
 def refuse_compile_options(model: str, **given: str | list[str] | None) -> None:
@@ -94,7 +92,7 @@ def refuse_compile_options(model: str, **given: str | list[str] | None) -> None:
     Raises:
         InputError: One of them is not None.
     """
-    named = " and ".join(f"--{name}" for name, value in given.items() if value)
+    named = " and ".join(f"--{name.replace('_', '-')}" for name, value in given.items() if value)
     if named:
         raise InputError(
             f"{model} is compiled already, so {named} cannot change it; compile its checkpoint again."
@@ -102,7 +100,12 @@ def refuse_compile_options(model: str, **given: str | list[str] | None) -> None:
 
 
 def compile_with_notes(
-    model: str, *, weights: str | None = None, kernels: list[str] | None = None, **options: Any
+    model: str,
+    *,
+    weights: str | None = None,
+    kv_cache: str | None = None,
+    kernels: list[str] | None = None,
+    **options: Any,
 ) -> "Artifact":
     """Compile a checkpoint with bars on a terminal, printing warnings and notes once each.
 
@@ -114,7 +117,12 @@ def compile_with_notes(
     bars = InterruptibleBars()
     with _warnings_as_notes() as shown, bars.listening():
         artifact = compile_checkpoint(
-            model, weights=weights or "f32", kernels=kernels or (), progress=bars, **options
+            model,
+            weights=weights or "f32",
+            kv_cache=kv_cache or "auto",
+            kernels=kernels or (),
+            progress=bars,
+            **options,
         )
     for text in artifact.manifest.notes:
         if text not in shown:

@@ -30,6 +30,15 @@ Weights = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+KVCache = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache",
+        metavar="FORMAT",
+        help="How keys and values are stored: f32, bf16, or auto: f32 beside weights in f32, else bf16.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Architecture = Annotated[
     str | None,
     typer.Option(

@@ -2,9 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import tvm
 from tvm import IRModule, ir, relax
@@ -17,62 +16,97 @@ from relax_llm.kernels.inner import ENTRY, INTERNAL, complete
 from relax_llm.kernels.problem import Problem, problem_of
 
 
-@dataclass
 class Line:
     """A function whose body is a sequence of `var = expr`.
+
+    Who uses a variable is kept up to date with every change, so that a pass may ask after each.
 
     Attributes:
         name: The function's name in its module.
         params: Its parameters.
-        body: Variables and what they are bound to, in order; None marks a removed binding.
         result: The variable it returns.
         attrs: Its attributes.
     """
 
-    name: str
-    params: list[relax.Var]
-    body: list[tuple[relax.Var, relax.Expr] | None]
-    result: relax.Expr
-    attrs: Any
+    def __init__(
+        self,
+        name: str,
+        params: list[relax.Var],
+        body: Iterable[tuple[relax.Var, relax.Expr]],
+        result: relax.Var,
+        attrs: Any,
+    ) -> None:
+        """Make a function of its parts."""
+        self.name, self.params, self.result, self.attrs = name, params, result, attrs
+        self._expr = dict(body)
+        self._order = list(self._expr)
+        self._before: dict[relax.Var, list[relax.Var]] = {}  # what was inserted in front of which
+        self._users: dict[relax.Var, dict[relax.Var, None]] = {}
+        for var, expr in self._expr.items():
+            self._note(var, expr)
 
-    def __iter__(self) -> Iterator[tuple[int, relax.Var, relax.Expr]]:
-        """Live bindings with their positions."""
-        for index, binding in enumerate(self.body):
-            if binding is not None:
-                yield index, *binding
+    def __iter__(self) -> Iterator[tuple[relax.Var, relax.Expr]]:
+        """Variables and what they are bound to, in order."""
+        for var in self._order:
+            for new in (*self._before.get(var, ()), var):
+                if new in self._expr:
+                    yield new, self._expr[new]
 
-    def definitions(self) -> dict[relax.Var, relax.Expr]:
-        """What each variable is bound to."""
-        return {var: expr for _, var, expr in self}
+    def __contains__(self, var: relax.Var) -> bool:
+        """Whether a variable is bound here."""
+        return var in self._expr
 
-    def positions(self) -> dict[relax.Var, int]:
-        """Where each variable is bound."""
-        return {var: index for index, var, _ in self}
+    def __getitem__(self, var: relax.Var) -> relax.Expr:
+        """What a variable is bound to."""
+        return self._expr[var]
 
-    def users(self) -> dict[relax.Var, list[int]]:
-        """Positions of the bindings that use each variable, once for each; the result counts as position -1."""
-        users: dict[relax.Var, list[int]] = {}
-        for index, _, expr in self:
-            for var in used(expr):
-                users.setdefault(var, []).append(index)
-        users.setdefault(self.result, []).append(-1)
-        return users
+    def get(self, var: relax.Expr) -> relax.Expr | None:
+        """What a variable is bound to; None where it is not bound here."""
+        return self._expr.get(var)
 
-    def insert(self, index: int, new: Iterable[tuple[relax.Var, relax.Expr]]) -> None:
-        """Put bindings in front of a position."""
-        self.body[index:index] = list(new)
+    def users(self, var: relax.Var) -> list[relax.Var | None]:
+        """The variables whose bindings use a variable, once for each; None where it is the result."""
+        return [*self._users.get(var, ()), *([None] if var.same_as(self.result) else [])]
+
+    def rebind(self, var: relax.Var, expr: relax.Expr) -> None:
+        """Bind a variable to something else."""
+        self._forget(var)
+        self._expr[var] = expr
+        self._note(var, expr)
+
+    def drop(self, var: relax.Var) -> None:
+        """Remove a binding."""
+        self._forget(var)
+        del self._expr[var]
+
+    def insert(self, before: relax.Var | None, new: Iterable[tuple[relax.Var, relax.Expr]]) -> None:
+        """Put bindings in front of one, or in front of all."""
+        place = self._before.setdefault(self._order[0] if before is None else before, [])
+        added = dict(new)
+        place[:] = [*added, *place] if before is None else [*place, *added]
+        for var, expr in added.items():
+            self._expr[var] = expr
+            self._note(var, expr)
 
     def function(self) -> relax.Function:
         """The Relax function, without what nothing uses."""
         needed: Counter[relax.Var] = Counter([self.result])
         kept = []
-        for binding in reversed(self.body):
-            if binding is not None and needed[binding[0]]:
-                needed.update(used(binding[1]))
-                kept.append(relax.VarBinding(*binding))
+        for var, expr in reversed(list(self)):
+            if needed[var]:
+                needed.update(used(expr))
+                kept.append(relax.VarBinding(var, expr))
         block = relax.DataflowBlock(kept[::-1])
         body = typed(relax.SeqExpr([block], self.result))
         return relax.Function(self.params, body, ret_ty=self.result.ty, attrs=self.attrs)
+
+    def _note(self, user: relax.Var, expr: relax.Expr) -> None:
+        for var in used(expr):
+            self._users.setdefault(var, {})[user] = None
+
+    def _forget(self, user: relax.Var) -> None:
+        for var in used(self._expr[user]):
+            self._users[var].pop(user, None)
 
 
 @lru_cache(maxsize=4096)
@@ -95,7 +129,7 @@ def lines(mod: IRModule) -> list[Line]:
 
 
 def _line(name: str, func: relax.Function) -> Line:
-    body: list[tuple[relax.Var, relax.Expr] | None] = []
+    body: list[tuple[relax.Var, relax.Expr]] = []
     for block in func.body.blocks:
         for binding in block.bindings:
             if not isinstance(binding, relax.VarBinding) or isinstance(binding.value, relax.If):
@@ -143,7 +177,7 @@ class Edit:
             self._builder.update_func(self._original.get_global_var(line.name), line.function())
         mod = self._builder.get()
         # TVM's own elimination keeps every kernel, as each has a symbol of its own.
-        launched = {expr.args[0] for line in lines(mod) for _, _, expr in line if is_launch(expr)}
+        launched = {expr.args[0] for line in lines(mod) for _, expr in line if is_launch(expr)}
         kept = {
             var: func
             for var, func in mod.functions_items()
@@ -167,7 +201,7 @@ def bind(name: str, expr: relax.Expr) -> tuple[relax.Var, relax.Expr]:
     return relax.DataflowVar(name, expr.ty), expr
 
 
-def is_op(expr: relax.Expr | None, name: str) -> bool:
+def is_op(expr: relax.Expr | None, name: str) -> TypeGuard[relax.Call]:
     """Whether an expression calls this operator."""
     return isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and expr.op.name == name
 

@@ -58,7 +58,7 @@ def build(
     tensors = match(checkpoint, decoder)
     planner.storage = Storage.of(planner.weights, tensors, decoder.vocab_size)
     with progress.task("Tracing", 1):
-        mod = export(decoder, machine)
+        mod = export(decoder, machine, planner.kv_cache)
     to_launches, to_instructions = (part.bind(planner) for part in as_pipeline(pipeline).parts())
     with (
         progress.task("Passes", len(to_launches) + len(to_instructions)) as advance,
@@ -112,7 +112,8 @@ def build(
             hidden_size=int(hidden),
             context_length=decoder.context_length,
             caches=tuple(
-                Cache(site, a.kv_heads, a.head_dim) for site, a in attention_layers(decoder).items()
+                Cache(site, a.kv_heads, a.head_dim, planner.kv_cache)
+                for site, a in attention_layers(decoder).items()
             ),
             weights=tuple(weights),
             kernels=launches.kernels(mod, calls),

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relax_llm import cpu
+from relax_llm import cpu, ffi
 from relax_llm.artifact.artifact import Artifact, load, replacing, versions
+from relax_llm.artifact.kv_cache import CACHE_DTYPES
 from relax_llm.checkpoint import Checkpoint, open_checkpoint
 from relax_llm.compiler.sources import pass_sources
-from relax_llm.compiler.storage import AUTO, as_stored
+from relax_llm.compiler.storage import AUTO, as_stored, kv_cache_for
 from relax_llm.compiler.user_kernels import gather
 from relax_llm.errors import ArchitectureError, ArtifactError, CompileError, KernelError
 from relax_llm.formats import FORMATS
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from relax_llm.layers import Decoder
 
 WEIGHT_FORMATS = (*FORMATS, AUTO)
+KV_CACHES = (*CACHE_DTYPES, AUTO)
 SELECTIONS: tuple[Selection, ...] = ("dynamic", "pinned")
 
 _MAKE_NO_ARTIFACTS = ("cli", "finding", "numerics", "runtime", "tuning")
@@ -41,6 +43,7 @@ def compile(
     checkpoint: str | os.PathLike[str] | Checkpoint,
     *,
     weights: str = "f32",
+    kv_cache: str = AUTO,
     architecture: "type[Decoder] | str | os.PathLike[str] | None" = None,
     target: str | None = None,
     kernels: Sequence[Kernel | str | os.PathLike[str]] = (),
@@ -58,6 +61,8 @@ def compile(
         checkpoint: A Hugging Face directory, a GGUF file, a hub id, or what `open_checkpoint` gave.
         weights: How matrices are stored: "f32"; "bf16" or "f16", half of that; "q8", "q4" or "q4s", in 8.5, 5 or 4.5
             bits; or "auto", the one of these that holds what the checkpoint has. See docs/formats.md.
+        kv_cache: How keys and values are stored: "f32"; "bf16", half of that, where attention may round queries and
+            softmax weights to bf16, too; or "auto", f32 beside weights in f32 and bf16 beside others.
         architecture: A subclass of `relax_llm.layers.Decoder`, or a Python file with one; by default the built-in one
             for the checkpoint's model_type.
         target: The processor to compile for: an x86-64 level such as "x86-64-v3", "aarch64", or "cuda" for
@@ -91,11 +96,17 @@ def compile(
         raise CompileError(f"The weight format {weights!r} is not known; known: {', '.join(WEIGHT_FORMATS)}.")
     if target == "cuda" and weights not in ("f32", AUTO):
         raise CompileError(f"Kernels for the target cuda read weights as f32, not {weights}.")
+    if kv_cache not in KV_CACHES:
+        raise CompileError(f"The cache format {kv_cache!r} is not known; known: {', '.join(KV_CACHES)}.")
+    if target == "cuda" and kv_cache not in ("f32", AUTO):
+        raise CompileError(f"Kernels for the target cuda keep caches as f32, not {kv_cache}.")
     if selection not in SELECTIONS:
         raise CompileError(f"The selection {selection!r} is not known; known: {', '.join(SELECTIONS)}.")
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     if weights == AUTO:
         weights = "f32" if target == "cuda" else as_stored(opened)
+    if kv_cache == AUTO:
+        kv_cache = kv_cache_for(weights, target)
     if output is None and not cache:
         raise CompileError("Without the cache an output directory is needed: pass output=DIR.")
     chosen = gather(kernels)
@@ -104,7 +115,7 @@ def compile(
             "Kernels written in Python cannot be saved; compile without an output, and save with python_kernels=True."
         )
     wanted = plan if isinstance(plan, Plan) or plan is None else Plan.read(plan)
-    key = _key(opened, weights, architecture, target, chosen, pipeline, wanted, selection)
+    key = _key(opened, weights, kv_cache, architecture, target, chosen, pipeline, wanted, selection)
     place = cache_directory() / "artifacts" / key
 
     def make(directory: Path) -> Artifact:
@@ -114,6 +125,7 @@ def compile(
                 temporary,
                 progress or Silent(),
                 weights=weights,
+                kv_cache=kv_cache,
                 architecture=architecture,
                 target=target,
                 kernels=chosen,
@@ -138,6 +150,7 @@ def _build(
     progress: Progress,
     *,
     weights: str,
+    kv_cache: str,
     architecture: Any,
     target: str | None,
     kernels: Sequence[Kernel],
@@ -146,6 +159,7 @@ def _build(
     **options: Any,
 ) -> None:
     with progress.task("Loading the compiler", 1):
+        ffi.runtime()  # before TVM itself, which would import PyTorch where it is installed
         from relax_llm.compiler.architectures import find
         from relax_llm.compiler.build import build
         from relax_llm.compiler.planner import Planner
@@ -154,7 +168,7 @@ def _build(
     build(
         checkpoint,
         find(checkpoint.config, architecture),
-        Planner(machine(target), kernels, plan=plan, selection=selection, weights=weights),
+        Planner(machine(target), kernels, plan=plan, selection=selection, weights=weights, kv_cache=kv_cache),
         directory,
         progress,
         _warn,
@@ -181,6 +195,7 @@ def _cached(place: Path, kernels: Sequence[Kernel]) -> Artifact | None:
 def _key(
     checkpoint: Checkpoint,
     weights: str,
+    kv_cache: str,
     architecture: Any,
     target: str | None,
     kernels: Sequence[Kernel],
@@ -193,6 +208,7 @@ def _key(
         "checkpoint": checkpoint.fingerprint,
         "config": checkpoint.config,
         "weights": weights,
+        "kv_cache": kv_cache,
         "architecture": _source_of(architecture),
         "target": target or [cpu.architecture(), sorted(cpu.features())],
         "kernels": [_kernel_source(kernel) for kernel in kernels],

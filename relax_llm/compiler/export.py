@@ -7,9 +7,9 @@ from typing import Any
 from tvm import IRModule, ir, relax, tirx
 from tvm.relax.frontend import nn
 
+from relax_llm.artifact.kv_cache import CACHE_DTYPES, cache_shapes
 from relax_llm.errors import ArchitectureError, RelaxLLMError
 from relax_llm.kernels.argmax import Argmax
-from relax_llm.kernels.cache import cache_shapes
 from relax_llm.kernels.lookup import LastToken
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.problem import Problem
@@ -53,12 +53,17 @@ CACHES = "relax_llm.caches"
 """
 
 
-def export(decoder: Decoder, machine: Machine) -> IRModule:
+def export(decoder: Decoder, machine: Machine, kv_cache: str = "f32") -> IRModule:
     """Trace a decoder.
 
     Each entry has the parameters token_ids, kv_len, then the key and value cache of every attention layer, named
     `layers.3.self_attn.k_cache`, then every weight under the checkpoint's name. Beside them stands `greedy`: logits
     [batch, seq, vocab] -> the likeliest tokens [batch, seq, 1] int32.
+
+    Args:
+        decoder: The model.
+        machine: What kernels are generated for.
+        kv_cache: Format of the caches; a key of `CACHE_DTYPES`.
 
     Raises:
         ArchitectureError: A layer's shapes do not fit together.
@@ -74,9 +79,10 @@ def export(decoder: Decoder, machine: Machine) -> IRModule:
         length = relax.Var("kv_len", relax.ShapeType([kv_len]))
         caches = {}
         for site, layer in sites.items():
-            shapes = cache_shapes(batch, layer.kv_heads, tiles, layer.head_dim)
+            layer.cache = kv_cache
+            shapes = cache_shapes(kv_cache, batch, layer.kv_heads, tiles, layer.head_dim)
             k_cache, v_cache = (
-                relax.Var(f"{site}.{which}_cache", relax.TensorType(list(shape), "float32"))
+                relax.Var(f"{site}.{which}_cache", relax.TensorType(list(shape), CACHE_DTYPES[kv_cache]))
                 for which, shape in zip("kv", shapes, strict=True)
             )
             caches[site] = (k_cache, v_cache)

@@ -72,7 +72,7 @@ def _launches(line: Line, recipes: list[Recipe], problems: Mapping[str, str]) ->
     tuples = line.params[2:4]  # of caches and of weights, in functions that have these
     roles: dict[relax.Var, tuple[str, str]] = {}
     found = []
-    for _, var, expr in line:
+    for var, expr in line:
         if isinstance(expr, relax.TupleGetItem):
             if expr.tuple_value.same_as(tuples[1]):
                 roles[var] = ("weight", joined_name(recipes[expr.index].sources()))

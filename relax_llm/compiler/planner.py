@@ -61,6 +61,7 @@ class Planner:
     Attributes:
         machine: What is generated for.
         weights: The format that was asked for.
+        kv_cache: Format of the caches.
         storage: In which format each matrix is kept; set when the checkpoint's tensors are known.
     """
 
@@ -72,6 +73,7 @@ class Planner:
         plan: Plan | None = None,
         selection: Selection = "dynamic",
         weights: str = "f32",
+        kv_cache: str = "f32",
         check: Callable[[Realized, Machine], str] = check,
     ) -> None:
         """Prepare.
@@ -82,6 +84,7 @@ class Planner:
             plan: Choices made before, by measurement or by hand.
             selection: "dynamic": by size; "pinned": one kernel for all sizes, so that rounding does not depend on them.
             weights: How matrices are stored.
+            kv_cache: How keys and values are.
             check: Tries a kernel before it enters the plan; raises KernelError where it is wrong.
         """
         names = [kernel.name for kernel in kernels]
@@ -90,6 +93,7 @@ class Planner:
             raise _clash(twice[0])
         self.machine = machine
         self.weights = weights
+        self.kv_cache = kv_cache
         self.storage = Storage(weights)
         self._given = tuple(kernels)
         self._plan = plan
@@ -324,7 +328,10 @@ class Planner:
                 return f"reads weights as {', '.join(sorted(kernel.weights))}, not {problem.weight_format}"
             if kernel.layout == "tiled" and problem.gated and not {"activation", "gate"} <= kernel.absorbs:
                 return "reads the tiled layout, in which gate and up alternate, but does not absorb activation and gate"
-        elif kernel not in self._given:
+        cache = getattr(problem, "cache", None)
+        if cache is not None and cache not in kernel.weights:
+            return f"reads caches as {', '.join(sorted(kernel.weights))}, not {cache}"
+        if not isinstance(problem, Matmul) and kernel not in self._given:
             symbol = f"{kernel.name}__{problem.name}"
             operands = operator_of(problem).launched(problem, None)
             return Realized(kernel, problem, symbol, build(problem, self.machine), operands)

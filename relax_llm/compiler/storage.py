@@ -1,4 +1,4 @@
-"""In which format each matrix of a model is kept: what was asked for, and what the checkpoint has already."""
+"""In which format each matrix of a model is kept, what was asked for and what the checkpoint has; and the caches."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,11 @@ AUTO = "auto"
 _BLOCKS = {format.stored_as: format.name for format in FORMATS.values() if isinstance(format, Blocks)}
 _TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f32", **_BLOCKS, "q4_0": "q4"}
 _HEAD = "q8"
+
+
+def kv_cache_for(weights: str, target: str | None = None) -> str:
+    """The format that caches have where nobody says: whole beside whole weights and on a GPU, else half of that."""
+    return "f32" if weights == "f32" or target == "cuda" else "bf16"
 
 
 @dataclass(frozen=True)

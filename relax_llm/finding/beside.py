@@ -17,7 +17,12 @@ from relax_llm.runtime.state import State
 
 Array = npt.NDArray[Any]
 
-_STORAGE = ("weight_format", "layout", "activations")  # fields that say how, and not what is computed
+_STORAGE = (
+    "weight_format",
+    "layout",
+    "activations",
+    "cache",
+)  # fields that say how, and not what is computed
 
 
 def pairs(subject: Manifest, other: Manifest, function: str) -> list[int | None]:

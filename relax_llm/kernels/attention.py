@@ -13,10 +13,11 @@ from typing import ClassVar
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
+from relax_llm.artifact.kv_cache import CACHE_DTYPES, TILE, cache_shapes
 from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.cache import TILE, cache_shapes
+from relax_llm.kernels.cache import element_bytes, require_cache_format
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.problem import Problem, require_positive, tag
 from relax_llm.kernels.streaming import BLOCK, Tile, fold
@@ -47,6 +48,7 @@ class Attention(Problem):
         head_dim: Channels of a head.
         scale: Factor on the scores before the softmax.
         window: A query at position i sees positions above i - window only; None sees all.
+        cache: Format of the caches; where it is not "f32", queries and softmax weights may be rounded to it, too.
     """
 
     operator: ClassVar[str] = "attention"
@@ -55,11 +57,13 @@ class Attention(Problem):
     head_dim: int
     scale: float
     window: int | None = None
+    cache: str = "f32"
 
     def __post_init__(self) -> None:
         require_positive(
             self, "heads", "kv_heads", "head_dim", *(("window",) if self.window is not None else ())
         )
+        require_cache_format(self.cache)
         if self.heads % self.kv_heads:
             raise KernelError(f"{self.heads} query heads cannot share {self.kv_heads} key heads evenly.")
 
@@ -69,7 +73,7 @@ class Attention(Problem):
 
     @property
     def bytes(self) -> str:
-        cache = f"{8 * self.kv_heads * self.head_dim}*batch*kv_len"
+        cache = f"{2 * element_bytes(self.cache) * self.kv_heads * self.head_dim}*batch*kv_len"
         return f"{cache} + {8 * self.heads * self.head_dim}*batch*seq"
 
     @property
@@ -87,20 +91,24 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
     give the same bits.
     """
     heads, kv_heads, dim = problem.heads, problem.kv_heads, problem.head_dim
-    group, window, shape = heads // kv_heads, problem.window, Tile(dim, machine)
+    group, window, shape = heads // kv_heads, problem.window, Tile(dim, machine, problem.cache)
     height = shape.rows
 
     def emit() -> None:
         batch, seq, tiles = b.size("batch"), b.size("seq"), b.size("tiles")
         q = b.argument("q", (batch, seq, heads, dim))
-        k_shape, v_shape = cache_shapes(batch, kv_heads, tiles, dim)
-        k_cache, v_cache = b.argument("k_cache", k_shape), b.argument("v_cache", v_shape)
+        k_shape, v_shape = cache_shapes(problem.cache, batch, kv_heads, tiles, dim)
+        dtype = CACHE_DTYPES[problem.cache]
+        k_cache, v_cache = b.argument("k_cache", k_shape, dtype), b.argument("v_cache", v_shape, dtype)
         kv_len = b.scalar("kv_len")
         out_arg = b.argument("out", (batch, seq, heads * dim))
 
         out = b.view(out_arg, (batch, seq, heads, dim))
         pairs = batch * kv_heads  # of a sequence and a key head
-        keys, values = (b.view(cache, (pairs, tiles * TILE * dim)) for cache in (k_cache, v_cache))
+        keys, values = (
+            b.view(cache, (pairs, tiles * words), shape.words)
+            for cache, words in ((k_cache, shape.key_words), (v_cache, shape.value_words))
+        )
         rows, past = b.let("rows", seq * group), b.let("past", kv_len - seq)
         row_tiles = b.let("row_tiles", _ceil(seq * group, height))
         first_block = b.let(
@@ -134,9 +142,11 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
             """Copy the queries of a tile, scaled; the last one again for rows that it lacks."""
             with T.serial(height) as r:
                 from_row = place(pair, b.let("row", own.first + T.min(r, own.count - 1)))
-                for start, n in b.chunks(dim):
-                    value = b.load(q, *from_row, start, lanes=n) * b.splat(problem.scale, n)
-                    b.store(queries, value, at, r * dim + start, lanes=n)
+                shape.take(
+                    lambda start, n: b.load(q, *from_row, start, lanes=n) * b.splat(problem.scale, n),
+                    queries,
+                    (at, r * shape.query_words),
+                )
 
         def finish(pair: Expr, own: _Rows, partials: Expr, at: Expr) -> None:
             """Divide the sums by those of the weights."""
@@ -149,29 +159,37 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
                     b.store(out, value * b.splat(inverse, n), *to_row, start, lanes=n)
 
         def attend(
-            pair: Expr, own: _Rows, block: Expr, queries: Expr, scores: Expr, partial: Callable[[Expr], Expr]
+            pair: Expr,
+            own: _Rows,
+            block: Expr,
+            queries: Expr,
+            memory: _Scores,
+            partial: Callable[[Expr], Expr],
         ) -> None:
             """The partial of a tile over what it sees of a block."""
             after = b.let("after", (block + 1) * BLOCK)
             start = b.let("start", T.max(block * BLOCK, _floor(own.begin, TILE) * TILE))
             positions = b.let("positions", T.min(own.latest + 1, after) - start)
             count = b.let("tiles", _ceil(positions, TILE))
-            weights, key, value = (
-                T.address_of(at) for at in (scores[0], keys[pair, start * dim], values[pair, start * dim])
+            first_tile = b.let("first_tile", _floor(start, TILE))
+            key, value = (
+                T.address_of(cache[pair, first_tile * words])
+                for cache, words in ((keys, shape.key_words), (values, shape.value_words))
             )
-            b.call(shape.scores, own.count, queries, key, value, weights, count)
+            scores, weights = memory.scores, memory.weights
+            b.call(shape.scores, own.count, queries, key, value, scores, count)
             hidden = own.earliest - start < count * TILE - 1
             if window:
                 hidden = T.Or(hidden, own.latest - start >= window)
             with b.when(hidden):
-                b.call(shape.mask(group, window), own.count, weights, own.first, past - start, count)
-            b.call(shape.weights, own.count, weights, partial(0), count)
+                b.call(shape.mask(group, window), own.count, scores, own.first, past - start, count)
+            places = [scores, weights] if shape.pairs else [scores]
+            b.call(shape.weights, own.count, *places, partial(0), count)
             # What is read next: the keys of the block behind this one, or of the next head's first.
             more = b.let("more", T.Cast("int64", after < kv_len))
             next_pair = T.min(pair + 1 - more, pairs - 1)
-            ahead = T.address_of(
-                keys[next_pair, (first_block * BLOCK + more * (after - first_block * BLOCK)) * dim]
-            )
+            next_tile = _floor(first_block * BLOCK + more * (after - first_block * BLOCK), TILE)
+            ahead = T.address_of(keys[next_pair, next_tile * shape.key_words])
             b.call(shape.weighted, own.count, weights, value, ahead, partial(shape.values_at(0)), positions)
 
         def through_all_blocks() -> None:
@@ -187,7 +205,8 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
                 part = b.let("part", T.Select(turn - 2 * half == 0, half, groups - 1 - half))
                 start = b.let("start", T.truncdiv(row_tiles * part, groups))
                 own = b.let("own", T.truncdiv(row_tiles * (part + 1), groups) - start)
-                queries, scores = _stack(_TOGETHER, height * dim), _stack(height * BLOCK)
+                queries = _stack(_TOGETHER, height * shape.query_words, dtype=shape.query_dtype)
+                scores = _Scores.of(shape)
                 partials = _stack(_TOGETHER + 1, shape.partial)  # one for each tile, and one to be merged
                 with T.serial(own) as i:
                     take(pair, rows_of(start + i), queries, i)
@@ -219,7 +238,8 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
                 pair_block = b.let("pair_block", T.truncdiv(index, row_tiles))
                 pair = b.let("pair", T.truncdiv(pair_block, blocks))
                 block = b.let("block", first_block + pair_block - pair * blocks)
-                queries, scores = _stack(1, height * dim), _stack(height * BLOCK)
+                queries = _stack(1, height * shape.query_words, dtype=shape.query_dtype)
+                scores = _Scores.of(shape)
                 these = rows_of(index - pair_block * row_tiles)
                 with b.when(these.sees(block)):
                     take(pair, these, queries, T.int64(0))
@@ -275,9 +295,25 @@ class _Rows:
         return T.And(block * BLOCK <= self.latest, (block + 1) * BLOCK > self.begin)
 
 
-def _stack(*shape: int) -> Expr:
+@dataclass(frozen=True)
+class _Scores:
+    """Addresses of the scores of a tile and a block, and of the weights that they become: the same, or words."""
+
+    scores: Expr
+    weights: Expr
+
+    @staticmethod
+    def of(shape: Tile) -> "_Scores":
+        """New memory of a task."""
+        scores = T.address_of(_stack(shape.rows * BLOCK)[0])
+        if not shape.pairs:
+            return _Scores(scores, scores)
+        return _Scores(scores, T.address_of(_stack(shape.rows * BLOCK // 2, dtype="int32")[0]))
+
+
+def _stack(*shape: int, dtype: str = "float32") -> Expr:
     """Memory of a task whose addresses are given away: through a view, as in `builder.scratch`."""
-    return b.view(b.local((prod(shape),)), shape)
+    return b.view(b.local((prod(shape),), dtype), shape, dtype)
 
 
 def _addresses(rows: Expr, row: Expr) -> Callable[[Expr], Expr]:

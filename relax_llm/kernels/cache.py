@@ -1,38 +1,38 @@
-"""The KV cache's layout, and the kernel that appends to it.
+"""The kernel that rotates queries and keys, and appends keys and values to the KV cache."""
 
-Both caches are plain tensors, [batch, kv_heads, tiles, ...], each tile holding `TILE` positions:
-
-- keys [..., head_dim, TILE]: one position per lane, so that scores are computed for `TILE` positions at once without
-  reducing across lanes;
-- values [..., TILE, head_dim]: one channel per lane, which is what the weighted sum over positions reads.
-"""
-
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+import numpy as np
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
+from relax_llm.artifact.kv_cache import CACHE_DTYPES, TILE, cache_shapes
 from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.machine import Machine
+from relax_llm.kernels.halves import to_bf16
+from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.problem import Problem, require_positive, tag
 
-TILE = 16
-"""Positions in a tile."""
-
-GRANULE = 64
-"""Capacities are multiples of this many positions; attention reads whole blocks of it."""
-
-_SERIAL_ROWS = 4
+_SERIAL = 1 << 12
+"""One core does all up to this many elements."""
 
 
-def cache_shapes(
-    batch: Any, kv_heads: int, tiles: Any, head_dim: int
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Shapes of the key and the value cache of one layer."""
-    return (batch, kv_heads, tiles, head_dim, TILE), (batch, kv_heads, tiles, TILE, head_dim)
+def require_cache_format(format: str) -> None:
+    """Refuse a problem over caches in a format that there is not.
+
+    Raises:
+        KernelError: It is not known.
+    """
+    if format not in CACHE_DTYPES:
+        raise KernelError(f"The cache format {format!r} is not known; known: {', '.join(CACHE_DTYPES)}.")
+
+
+def element_bytes(format: str) -> int:
+    """Bytes of one channel of a key or a value."""
+    return np.dtype(CACHE_DTYPES[format]).itemsize
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Append(Problem):
         kv_heads: Key and value heads.
         head_dim: Channels of a head.
         rope: Rotate queries and keys by the step's rope table; channels i and i + head_dim / 2 are a pair.
+        cache: Format of the caches; a key of `relax_llm.artifact.kv_cache.CACHE_DTYPES`.
     """
 
     operator: ClassVar[str] = "append"
@@ -51,9 +52,11 @@ class Append(Problem):
     kv_heads: int
     head_dim: int
     rope: bool = True
+    cache: str = "f32"
 
     def __post_init__(self) -> None:
         require_positive(self, "heads", "kv_heads", "head_dim")
+        require_cache_format(self.cache)
         if self.heads % self.kv_heads:
             raise KernelError(f"{self.heads} query heads cannot share {self.kv_heads} key heads evenly.")
         if self.rope and self.head_dim % 2:
@@ -70,62 +73,123 @@ class Append(Problem):
 
     @property
     def bytes(self) -> str:
-        return f"{8 * self.width}*batch*seq + {4 * self.head_dim * self.rope}*seq"
+        queries = self.heads * self.head_dim
+        written = 4 * queries + element_bytes(self.cache) * (self.width - queries)
+        return f"{4 * self.width + written}*batch*seq + {4 * self.head_dim * self.rope}*seq"
 
 
 def append(problem: Append, machine: Machine) -> PrimFunc:
     """qkv [batch, seq, width], (rope [seq, 2, dim/2]), k_cache, v_cache, kv_len -> q [batch, seq, heads, dim].
 
-    Writes positions kv_len - seq ... kv_len - 1 of the caches, which the caller has made large enough.
+    Writes positions kv_len - seq ... kv_len - 1 of the caches, which the caller has made large enough. A task has a
+    tile of the cache and a key head, with the query heads that share it: two positions may lie in one word.
     """
     heads, kv_heads, dim = problem.heads, problem.kv_heads, problem.head_dim
-    half = dim // 2
+    group, half = heads // kv_heads, dim // 2
+    halves = problem.cache == "bf16"
 
     def emit() -> None:
         batch, seq, tiles = b.size("batch"), b.size("seq"), b.size("tiles")
         qkv_arg = b.argument("qkv", (batch, seq, problem.width))
         rope = b.argument("rope", (seq, 2, half)) if problem.rope else None
-        k_shape, v_shape = cache_shapes(batch, kv_heads, tiles, dim)
-        k_cache, v_cache = b.argument("k_cache", k_shape), b.argument("v_cache", v_shape)
+        dtype = CACHE_DTYPES[problem.cache]
+        k_shape, v_shape = cache_shapes(problem.cache, batch, kv_heads, tiles, dim)
+        k_cache, v_cache = b.argument("k_cache", k_shape, dtype), b.argument("v_cache", v_shape, dtype)
         kv_len = b.scalar("kv_len")
         q_arg = b.argument("q", (batch, seq, heads, dim))
         rows = batch * seq
         qkv = b.view(qkv_arg, (rows, heads + 2 * kv_heads, dim))
         q = b.view(q_arg, (rows, heads, dim))
+        if halves:  # as words of two
+            k_cache, v_cache = (
+                b.view(x, s[:-1], "uint32") for x, s in ((k_cache, k_shape), (v_cache, v_shape))
+            )
+        past = b.let("past", kv_len - seq)
+        first_tile = b.let("first_tile", past // TILE)
+        written = b.let("written", (kv_len + (TILE - 1)) // TILE - first_tile)
 
-        def task(row: Expr) -> None:
-            token = b.let("token", row % seq)
-            sequence = b.let("sequence", row // seq)
-            position = b.let("position", kv_len - seq + token)
-            tile, lane = b.let("tile", position // TILE), b.let("lane", position % TILE)
+        def task(index: Expr) -> None:
+            pair = b.let("pair", index // written)  # of a sequence and a key head
+            tile = b.let("tile", first_tile + index % written)
+            sequence, head = b.let("sequence", pair // kv_heads), b.let("head", pair % kv_heads)
+            begin = b.let("begin", T.max(past, tile * TILE))
+            end = b.let("end", T.min(kv_len, (tile + 1) * TILE))
+            key = b.local((LANES * -(-dim // LANES),))
 
-            def rotated(head: Expr, target: Expr, at: tuple[Expr, ...]) -> None:
-                for start, n in b.chunks(half):
-                    cos = b.load(rope, token, 0, start, lanes=n)
-                    sin = b.load(rope, token, 1, start, lanes=n)
-                    first = b.let("first", b.load(qkv, row, head, start, lanes=n))
-                    second = b.let("second", b.load(qkv, row, head, start + half, lanes=n))
-                    b.store(target, first * cos - second * sin, *at, start, lanes=n)
-                    b.store(target, second * cos + first * sin, *at, start + half, lanes=n)
+            with T.serial(end - begin) as own:
+                position = b.let("position", begin + own)
+                token, lane = b.let("token", position - past), b.let("lane", position - tile * TILE)
+                row = b.let("row", sequence * seq + token)
 
-            def copied(head: Expr, target: Expr, at: tuple[Expr, ...]) -> None:
-                b.sweep(
-                    dim,
-                    lambda start, n: b.store(
-                        target, b.load(qkv, row, head, start, lanes=n), *at, start, lanes=n
-                    ),
-                )
+                def rotated(head: Expr, target: Expr, at: tuple[Expr, ...]) -> None:
+                    for start, n in b.chunks(half):
+                        cos = b.load(rope, token, 0, start, lanes=n)
+                        sin = b.load(rope, token, 1, start, lanes=n)
+                        first = b.let("first", b.load(qkv, row, head, start, lanes=n))
+                        second = b.let("second", b.load(qkv, row, head, start + half, lanes=n))
+                        b.store(target, first * cos - second * sin, *at, start, lanes=n)
+                        b.store(target, second * cos + first * sin, *at, start + half, lanes=n)
 
-            move = rotated if problem.rope else copied
-            with T.serial(heads) as head:
-                move(head, q, (row, head))
-            key = b.local((dim,))
-            with T.serial(kv_heads) as head:
+                def copied(head: Expr, target: Expr, at: tuple[Expr, ...]) -> None:
+                    for start, n in b.chunks(dim):
+                        b.store(target, b.load(qkv, row, head, start, lanes=n), *at, start, lanes=n)
+
+                move = rotated if problem.rope else copied
+                with T.serial(group) as member:
+                    move(head * group + member, q, (row, head * group + member))
                 move(heads + head, key, ())
-                with T.serial(dim) as channel:
-                    b.put(k_cache, key[channel], sequence, head, tile, channel, lane)
-                copied(heads + kv_heads + head, v_cache, (sequence, head, tile, lane))
+                value = heads + kv_heads + head
+                if halves:
+                    _append_key(key, k_cache, (sequence, head, tile), lane, dim)
+                    _append_value(
+                        lambda start, n: b.load(qkv, row, value, start, lanes=n),
+                        v_cache,
+                        (sequence, head, tile, lane // 2),
+                        lane % 2,
+                        dim,
+                    )
+                else:
+                    with T.serial(dim) as channel:
+                        b.put(k_cache, key[channel], sequence, head, tile, channel, lane)
+                    copied(value, v_cache, (sequence, head, tile, lane))
 
-        b.tasks(rows, task, serial_if=rows <= _SERIAL_ROWS, name="row")
+        b.tasks(batch * kv_heads * written, task, serial_if=rows * problem.width <= _SERIAL, name="tile")
 
     return tag(b.prim_func(problem.name, emit), problem)
+
+
+def _append_key(key: Expr, k_cache: Expr, tile: tuple[Expr, ...], lane: Expr, dim: int) -> None:
+    """Write a key, rounded to bf16, to the words of one lane; the channel behind an odd last one is 0."""
+    words = -(-dim // 2)
+    rounded = b.local((2 * LANES * -(-words // LANES),), "uint16")
+    if dim % 2:
+        b.put(rounded, T.uint16(0), dim)
+    for start, n in b.chunks(dim):
+        bits = T.shift_right(to_bf16(b.load(key, start, lanes=n), n), _all(16, n))
+        b.store(rounded, T.Cast(_typed("uint16", n), bits), start, lanes=n)
+    with T.serial(words) as word:
+        low, high = (T.Cast("uint32", rounded[2 * word + which]) for which in range(2))
+        b.put(k_cache, T.bitwise_or(low, T.shift_left(high, T.uint32(16))), *tile, word, lane)
+
+
+def _append_value(
+    value: Callable[[int, int], Expr], v_cache: Expr, at: tuple[Expr, ...], odd: Expr, dim: int
+) -> None:
+    """Write a value, rounded to bf16, to one half of each of its words; the other position's half stays."""
+
+    def write(*, second: bool) -> None:
+        for start, n in b.chunks(dim):
+            new, old = to_bf16(value(start, n), n), b.load(v_cache, *at, start, lanes=n)
+            kept = T.bitwise_and(old, _all(0x0000FFFF if second else 0xFFFF0000, n))
+            placed = new if second else T.shift_right(new, _all(16, n))
+            b.store(v_cache, T.bitwise_or(kept, placed), *at, start, lanes=n)
+
+    b.either(odd == 1, lambda: write(second=True), lambda: write(second=False))
+
+
+def _all(value: int, lanes: int) -> Expr:
+    return T.uint32(value) if lanes == 1 else T.broadcast(T.uint32(value), lanes)
+
+
+def _typed(dtype: str, lanes: int) -> str:
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"

@@ -1,4 +1,4 @@
-"""Widening floats of two bytes, kept as their bits in uint16, to f32: exactly, NaN and infinities included."""
+"""Floats of two bytes, kept as their bits: widened to f32 exactly, and f32 rounded to them; NaN and infinities too."""
 
 from tvm import tirx
 
@@ -9,6 +9,22 @@ from relax_llm.kernels.machine import Machine
 def from_bf16(bits: Expr, lanes: int = 1) -> Expr:
     """The f32 that the bits of bf16 stand for."""
     return tirx.reinterpret(_kind("float32", lanes), _wide(bits, lanes) << _const(16, lanes))
+
+
+def pair_of_bf16(words: Expr, which: int, lanes: int = 1) -> Expr:
+    """The f32 that the first or second bf16 of each word, int32 or uint32, stands for."""
+    words = tirx.Cast(_kind("uint32", lanes), words)
+    bits = words & _const(0xFFFF0000, lanes) if which else words << _const(16, lanes)
+    return tirx.reinterpret(_kind("float32", lanes), bits)
+
+
+def to_bf16(value: Expr, lanes: int = 1) -> Expr:
+    """f32 rounded to bf16, to nearest, ties to even: its bits as the upper half of a uint32, whose lower half is 0."""
+    bits = tirx.reinterpret(_kind("uint32", lanes), value)
+    odd = (bits >> _const(16, lanes)) & _const(1, lanes)
+    rounded = (bits + (_const(0x7FFF, lanes) + odd)) & _const(0xFFFF0000, lanes)
+    magnitude = bits & _const(0x7FFFFFFF, lanes)
+    return tirx.Select(magnitude > _const(0x7F800000, lanes), _const(0x7FC00000, lanes), rounded)
 
 
 def from_f16(bits: Expr, lanes: int = 1, machine: Machine | None = None) -> Expr:

@@ -5,6 +5,7 @@ from typing import Any
 
 from tvm.tirx import PrimFunc
 
+from relax_llm.artifact.kv_cache import CACHE_DTYPES
 from relax_llm.kernels import argmax, attention, cache, elementwise, lookup, norm, positions, softmax
 from relax_llm.kernels.gpu import gpu_kernel
 from relax_llm.kernels.machine import Machine
@@ -42,4 +43,5 @@ def built_in(problem: Problem, machine: Machine) -> list[Kernel]:
     if isinstance(problem, Matmul):
         return matmul_kernels(machine)
     name, make = _BUILD[type(problem)]
-    return [Kernel(name, problem.operator, "primfunc", lambda p: make(p, machine))]
+    caches = frozenset(CACHE_DTYPES)
+    return [Kernel(name, problem.operator, "primfunc", lambda p: make(p, machine), weights=caches)]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-from relax_llm.kernels.cache import GRANULE, TILE
+from relax_llm.artifact.kv_cache import GRANULE, TILE
 from relax_llm.kernels.operators import Operator
 from relax_llm.plan.sizes import Bounds, Box
 

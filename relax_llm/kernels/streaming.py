@@ -9,16 +9,19 @@ but the block, and partials are merged in ascending order, by one function. So a
 whichever rows are beside it, and whichever core works on which block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from tvm import ir
 from tvm.tirx.script.builder import ir as T
 
+from relax_llm.artifact.kv_cache import TILE
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.cache import TILE
+from relax_llm.kernels.halves import pair_of_bf16
 from relax_llm.kernels.inner import inner, memory, number, pointer
+from relax_llm.kernels.intrinsics import BF16, dot_bf16, imported, round_bf16
 from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.matmul.shape import tile_for
 from relax_llm.kernels.vectormath import exp_nonpositive
@@ -45,13 +48,82 @@ _FAR = 1 << 20  # where a function does not know how much memory an address has
 class Tile:
     """A tile of rows, which are queries of heads that share a key head.
 
+    A cache in bf16 is read as words of two: two channels of a key, two positions of a value. Where the processor
+    multiplies pairs of bf16, queries and weights are rounded to such words, too; else words are widened.
+
     Attributes:
         dim: Channels of a head.
         machine: What code is generated for.
+        cache: Format of the caches.
     """
 
     dim: int
     machine: Machine
+    cache: str = "f32"
+
+    @property
+    def halves(self) -> bool:
+        """Whether the caches are words of two."""
+        return self.cache != "f32"
+
+    @property
+    def pairs(self) -> bool:
+        """Whether pairs are multiplied as they are."""
+        return self.halves and self.machine.features >= BF16
+
+    @property
+    def words(self) -> str:
+        """What the caches are read as."""
+        return "int32" if self.halves else "float32"
+
+    @property
+    def key_words(self) -> int:
+        """Words of a tile of keys."""
+        return TILE * (-(-self.dim // 2) if self.halves else self.dim)
+
+    @property
+    def value_words(self) -> int:
+        """Words of a tile of values."""
+        return TILE * self.dim // (2 if self.halves else 1)
+
+    @property
+    def query_words(self) -> int:
+        """Elements of a query, as many as there are in a key, or in whole vectors of pairs."""
+        if self.pairs:
+            return LANES * -(-self.dim // (2 * LANES))
+        return self.dim + self.dim % 2 if self.halves else self.dim
+
+    @property
+    def query_dtype(self) -> str:
+        """Their type."""
+        return "int32" if self.pairs else "float32"
+
+    def take(self, query: Callable[[int, int], Expr], target: Expr, at: tuple[Expr, ...]) -> None:
+        """Emit what writes a query in the form in which it is multiplied.
+
+        Args:
+            query: Gives some channels, from their first and their number.
+            target: Where to.
+            at: Its first element.
+        """
+        *outer, first = at
+        if not self.pairs:
+            for start, n in b.chunks(self.dim):
+                b.store(target, query(start, n), *outer, first + start, lanes=n)
+            if self.query_words > self.dim:
+                b.put(target, T.float32(0), *outer, first + self.dim)
+            return
+        whole = b.local((2 * self.query_words,))
+        for start in range(0, 2 * self.query_words, LANES):
+            n = min(LANES, self.dim - start)
+            if n < LANES:
+                b.store(whole, b.splat(0.0), start)
+            if n > 0:
+                b.store(whole, query(start, n), start, lanes=n)
+        with imported():
+            for word in range(0, self.query_words, LANES):
+                low, high = (b.load(whole, 2 * word + half) for half in (0, LANES))
+                b.store(target, round_bf16(low, high), *outer, first + word)
 
     @property
     def rows(self) -> int:
@@ -86,8 +158,12 @@ class Tile:
         def emit(
             rows: int, queries_at: Expr, keys_at: Expr, ahead_at: Expr, out_at: Expr, tiles: Expr
         ) -> None:
-            queries, out = memory(queries_at, (rows, self.dim)), memory(out_at, (rows, BLOCK))
-            keys, ahead = (memory(at, (_FAR, self.dim, TILE)) for at in (keys_at, ahead_at))
+            steps = -(-self.dim // 2) if self.halves else self.dim
+            queries, out = (
+                memory(queries_at, (rows, self.query_words), self.query_dtype),
+                memory(out_at, (rows, BLOCK)),
+            )
+            keys, ahead = (memory(at, (_FAR, steps, TILE), self.words) for at in (keys_at, ahead_at))
 
             def some(first: Expr, vectors: int) -> None:
                 acc = b.Registers(rows, b.chunks(vectors * TILE))
@@ -95,12 +171,12 @@ class Tile:
                 def step(channel: Expr) -> None:
                     for t in range(vectors if self._waits(rows) else 0):
                         b.prefetch(ahead, (first + t, channel, 0))
-                    for r, t, _, _ in acc:
-                        product = b.splat(queries[r, channel]) * b.load(keys, first + t, channel, 0)
-                        acc.set(r, t, acc.get(r, t) + product)
+                    for r, t, _, lanes in acc:
+                        word = b.load(keys, first + t, channel, 0)
+                        acc.set(r, t, self._plus(acc.get(r, t), queries, r, channel, word, lanes))
 
                 acc.clear()
-                _in_turns(T.int64(self.dim), step)
+                _in_turns(T.int64(steps), step)
                 for r, t, _, _ in acc:
                     b.store(out, acc.get(r, t), r, (first + t) * TILE)
 
@@ -112,7 +188,11 @@ class Tile:
                 with T.serial(tiles - turns * wide) as rest:
                     some(b.let("first", turns * wide + rest), 1)
 
-        return self._by_height("attention_scores", ("queries", "keys", "ahead", "scores"), emit)
+        return self._by_height(
+            "attention_scores",
+            {"queries": self.query_dtype, "keys": self.words, "ahead": self.words, "scores": "float32"},
+            emit,
+        )
 
     @property
     def weighted(self) -> ir.GlobalVar:
@@ -126,21 +206,30 @@ class Tile:
         def emit(
             rows: int, weights_at: Expr, values_at: Expr, ahead_at: Expr, out_at: Expr, positions: Expr
         ) -> None:
-            weights, out = memory(weights_at, (rows, BLOCK)), memory(out_at, (rows, self.dim))
-            values, ahead = (memory(at, (_FAR, self.dim)) for at in (values_at, ahead_at))
+            width = BLOCK // 2 if self.pairs else BLOCK
+            weights = memory(weights_at, (rows, width), "int32" if self.pairs else "float32")
+            out = memory(out_at, (rows, self.dim))
+            values, ahead = (memory(at, (_FAR, self.dim), self.words) for at in (values_at, ahead_at))
 
             def some(first: Expr, vectors: list[tuple[int, int]]) -> None:
                 acc = b.Registers(rows, vectors)
 
-                def step(position: Expr) -> None:
+                def step(position: Expr, *, single: bool = False) -> None:
                     for start, _ in vectors if self._waits(rows) else ():
                         b.prefetch(ahead, (position, first + start))
                     for r, i, start, lanes in acc:
                         value = b.load(values, position, first + start, lanes=lanes)
-                        acc.set(r, i, acc.get(r, i) + b.splat(weights[r, position], lanes) * value)
+                        total = self._plus(acc.get(r, i), weights, r, position, value, lanes, single=single)
+                        acc.set(r, i, total)
 
                 acc.clear()
-                _in_turns(positions, step)
+                if self.halves:
+                    pairs = b.let("pairs", T.truncdiv(positions, T.int64(2)))
+                    _in_turns(pairs, step)
+                    with b.when(positions > 2 * pairs):  # what lies in the other half is not known
+                        step(pairs, single=True)
+                else:
+                    _in_turns(positions, step)
                 for r, i, start, lanes in acc:
                     b.store(out, acc.get(r, i), r, first + start, lanes=lanes)
 
@@ -151,7 +240,16 @@ class Tile:
             if self.dim % wide:
                 some(T.int64(self.dim // wide * wide), b.chunks(self.dim % wide))
 
-        return self._by_height("attention_weighted", ("weights", "values", "ahead", "sums"), emit)
+        return self._by_height(
+            "attention_weighted",
+            {
+                "weights": "int32" if self.pairs else "float32",
+                "values": self.words,
+                "ahead": self.words,
+                "sums": "float32",
+            },
+            emit,
+        )
 
     def mask(self, group: int, window: int | None) -> ir.GlobalVar:
         """Take scores away from rows that do not see the position.
@@ -189,12 +287,22 @@ class Tile:
         ::
 
             weights(height, scores [height, BLOCK], partial, tiles)
+            weights(height, scores [height, BLOCK], words [height, BLOCK / 2], partial, tiles)
+
+        Weights take the place of the scores; as pairs of bf16 they are written to memory of their own, and the sum is
+        that of the weights before rounding.
         """
 
         def emit() -> None:
-            height, scores_at, partial_at = number("height"), pointer("scores"), pointer("partial")
-            tiles = number("tiles")
+            height, scores_at = number("height"), pointer("scores")
+            words_at = pointer("words", "int32") if self.pairs else None
+            partial_at, tiles = pointer("partial"), number("tiles")
             scores, partial = memory(scores_at, (self.rows, BLOCK)), memory(partial_at, (self.partial,))
+            words = memory(words_at, (self.rows, BLOCK // 2), "int32") if self.pairs else None
+            with imported() if self.pairs else nullcontext():
+                emit_body(height, scores, partial, tiles, words)
+
+        def emit_body(height: Expr, scores: Expr, partial: Expr, tiles: Expr, words: Expr | None) -> None:
 
             def largest(r: Expr, count: int) -> None:
                 top = b.local((LANES,))
@@ -206,10 +314,15 @@ class Tile:
             def weigh(r: Expr, count: int) -> None:
                 top, total = b.let("top", partial[r]), b.local((LANES,))
                 b.store(total, b.splat(0.0), 0)
+                found = []
                 for at in range(0, count * TILE, LANES):
                     weight = b.let("weight", exp_nonpositive(b.load(scores, r, at) - b.splat(top)))
-                    b.store(scores, weight, r, at)
                     b.store(total, b.load(total, 0) + weight, 0)
+                    found.append(weight)
+                    if words is None:
+                        b.store(scores, weight, r, at)
+                    elif at % (2 * LANES):
+                        b.store(words, round_bf16(*found[-2:]), r, at // (2 * LANES) * LANES)
                 b.store(partial, b.load(total, 0), self.weights_at(r))
 
             b.store(partial, b.splat(_LOWEST), 0)
@@ -224,7 +337,44 @@ class Tile:
                     with T.serial(height) as r:
                         weigh(r, count)
 
-        return inner(f"attention_weights_d{self.dim}", (self.machine,), emit, entry=True)
+        return inner(f"attention_weights_d{self.dim}{self._suffix}", (self.machine,), emit, entry=True)
+
+    @property
+    def _suffix(self) -> str:
+        """What tells functions over caches in another format from each other."""
+        return f"_{self.cache}" if self.halves else ""
+
+    def _plus(
+        self,
+        total: Expr,
+        factors: Expr,
+        row: int,
+        step: Expr,
+        word: Expr,
+        lanes: int,
+        *,
+        single: bool = False,
+    ) -> Expr:
+        """A vector of sums and the products of a step: of a row's factor, or pair of factors, and of words of a cache.
+
+        Args:
+            total: The sums.
+            factors: Queries or weights, [rows, ...].
+            row: Of the factors.
+            step: Of the reduction.
+            word: The vector of the cache.
+            lanes: How long it is.
+            single: Only the first of two counts.
+        """
+        if not self.halves:
+            return total + b.splat(factors[row, step], lanes) * word
+        if self.pairs and lanes == LANES:  # the instruction has one length
+            known = T.bitwise_and(word, T.broadcast(T.int32(0xFFFF), lanes)) if single else word
+            return dot_bf16(total, known, T.broadcast(factors[row, step], lanes))
+        for which in range(1 if single else 2):
+            factor = pair_of_bf16(factors[row, step], which) if self.pairs else factors[row, 2 * step + which]
+            total = total + b.splat(factor, lanes) * pair_of_bf16(word, which, lanes)
+        return total
 
     @property
     def merge(self) -> ir.GlobalVar:
@@ -271,18 +421,29 @@ class Tile:
         """Whether some rows are so few that reading what they are multiplied with takes longer than multiplying."""
         return 3 * rows <= 2 * self.rows
 
-    def _by_height(self, name: str, pointers: tuple[str, ...], emit: Callable[..., None]) -> ir.GlobalVar:
-        """A function (height, *pointers, count) that calls one for as many rows or more, whose body `emit` writes."""
+    def _by_height(self, name: str, pointers: Mapping[str, str], emit: Callable[..., None]) -> ir.GlobalVar:
+        """A function (height, *pointers, count) that calls one for as many rows or more, whose body `emit` writes.
+
+        Args:
+            name: What is computed.
+            pointers: Names of the addresses, and what is there.
+            emit: Writes the body for a number of rows.
+        """
+
+        def declared() -> list[Expr]:
+            return [*(pointer(one, dtype) for one, dtype in pointers.items()), number("count")]
 
         def one(rows: int) -> ir.GlobalVar:
             def body() -> None:
-                emit(rows, *map(pointer, pointers), number("count"))
+                given = declared()
+                with imported() if self.pairs else nullcontext():
+                    emit(rows, *given)
 
-            return inner(f"{name}_d{self.dim}_rows{rows}", (self.machine,), body, entry=False)
+            return inner(f"{name}_d{self.dim}{self._suffix}_rows{rows}", (self.machine,), body, entry=False)
 
         def choose() -> None:
             height = number("height")
-            given = [*map(pointer, pointers), number("count")]
+            given = declared()
 
             def least(heights: list[int]) -> None:
                 if heights[1:]:
@@ -296,7 +457,7 @@ class Tile:
 
             least([*(rows for rows in _HEIGHTS if rows < self.rows), self.rows])
 
-        return inner(f"{name}_d{self.dim}", (self.machine,), choose, entry=True)
+        return inner(f"{name}_d{self.dim}{self._suffix}", (self.machine,), choose, entry=True)
 
 
 def fold(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:

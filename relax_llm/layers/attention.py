@@ -44,6 +44,7 @@ class Attention(nn.Module):
         self.window = window
         self.scale = head_dim**-0.5 if scale is None else scale
         self.site = ""
+        self.cache = "f32"  # the caches' format, which whoever traces the model sets
 
     def forward(self, qkv: nn.Tensor, step: Step) -> nn.Tensor:
         """Attend.
@@ -56,7 +57,9 @@ class Attention(nn.Module):
             [batch, seq, heads * head_dim].
         """
         k_cache, v_cache = step.caches[self.site]
-        append = Append(self.heads, self.kv_heads, self.head_dim, rope=self.rope is not None)
+        append = Append(
+            self.heads, self.kv_heads, self.head_dim, rope=self.rope is not None, cache=self.cache
+        )
         tables = [step.rope(self.rope.table)] if self.rope else []
         first = 1 + len(tables)
         queries = step.launch(
@@ -65,6 +68,8 @@ class Attention(nn.Module):
             [step.batch, step.seq, self.heads, self.head_dim],
             in_place=[first, first + 1],
         )
-        attend = AttentionProblem(self.heads, self.kv_heads, self.head_dim, self.scale, self.window)
+        attend = AttentionProblem(
+            self.heads, self.kv_heads, self.head_dim, self.scale, self.window, self.cache
+        )
         shape = [step.batch, step.seq, self.heads * self.head_dim]
         return step.launch(attend, [queries, k_cache, v_cache, step.kv_len], shape)

@@ -77,7 +77,7 @@ class Kernel:
         absorbs: Which epilogues it computes itself, of "bias", "activation", "gate", "residual"; others are added.
         sites: Patterns of the places it may serve.
         features: Instruction set extensions it needs, as /proc/cpuinfo spells them.
-        weights: Weight formats it reads.
+        weights: Weight formats it reads; for attention and append, formats of the caches.
         cost: Seconds that a launch takes, for a problem and its sizes, as far as can be told without measuring.
         files: What the function reads beside its own file: sources, headers, object files.
         package: The installed package that it comes from; empty for one that was given.
@@ -149,7 +149,7 @@ def kernel(
         absorbs: Epilogues the kernel computes itself.
         sites: One or more patterns such as "layers.*.mlp.*".
         features: Instruction set extensions it needs.
-        weights: Weight formats it reads.
+        weights: Weight formats it reads; for attention and append, formats of the caches: "f32", "bf16".
         cost: Gives the seconds of a launch for (problem, sizes). A kernel with a cost competes with the others;
             one without serves all its sizes.
         files: Paths of what the function reads: C files, headers, object files. A change of one compiles anew.

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from relax_llm.artifact import formulas
+from relax_llm.artifact.kv_cache import GRANULE, TILE
 from relax_llm.artifact.weights import ALIGNMENT, aligned, dtype_of
 from relax_llm.errors import InputError
-from relax_llm.runtime.state import GRANULE, TILE
 
 Array = npt.NDArray[Any]
 

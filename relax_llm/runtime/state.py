@@ -7,17 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, cache_shapes
 from relax_llm.artifact.manifest import Cache
-from relax_llm.artifact.weights import aligned
+from relax_llm.artifact.weights import aligned, dtype_of
 from relax_llm.errors import ContextLengthError, InputError
 from relax_llm.runtime import vm
 
 Array = npt.NDArray[Any]
-
-TILE = 16
-"""Positions in a tile of the cache; the compiler's `relax_llm.kernels.cache` says the same."""
-
-GRANULE = 64
 
 
 class State:
@@ -147,15 +143,16 @@ class State:
 
     def _grow(self, capacity: int) -> None:
         tiles, used = capacity // TILE, -(-self._length // TILE)
-        shapes = [
-            (self.batch, layer.kv_heads, tiles, *inner)
+        kinds = [
+            (shape, dtype_of(CACHE_DTYPES[layer.format]))
             for layer in self._layers
-            for inner in ((layer.head_dim, TILE), (TILE, layer.head_dim))
+            for shape in cache_shapes(layer.format, self.batch, layer.kv_heads, tiles, layer.head_dim)
         ]
-        ends = np.cumsum([math.prod(shape) for shape in shapes])
-        memory = aligned((int(ends[-1]),)) if shapes else aligned((0,))  # of all layers, for large pages
+        ends = np.cumsum([0, *(math.prod(shape) * kind.itemsize for shape, kind in kinds)])
+        memory = aligned((int(ends[-1]),), "uint8")  # of all layers, for large pages
         arrays = [
-            part.reshape(shape) for part, shape in zip(np.split(memory, ends[:-1]), shapes, strict=True)
+            memory[start:end].view(kind).reshape(shape)
+            for start, end, (shape, kind) in zip(ends[:-1], ends[1:], kinds, strict=True)
         ]
         for grown, old in zip(arrays, self._arrays, strict=False):
             grown[:, :, :used] = old[:, :, :used]

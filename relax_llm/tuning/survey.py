@@ -14,7 +14,7 @@ from relax_llm.compiler.parameters import match
 from relax_llm.compiler.passes.schedule_rest import ScheduleRest
 from relax_llm.compiler.pipeline import pipeline, run
 from relax_llm.compiler.planner import Choice, Planner
-from relax_llm.compiler.storage import Storage
+from relax_llm.compiler.storage import Storage, kv_cache_for
 from relax_llm.errors import ArtifactError
 from relax_llm.kernels.forms import Realized
 from relax_llm.kernels.machine import Machine
@@ -42,7 +42,7 @@ class Survey(Planner):
         check: Callable[[Realized, Machine], str],
         weights: str = "f32",
     ) -> None:
-        super().__init__(machine, kernels, check=check, weights=weights)
+        super().__init__(machine, kernels, check=check, weights=weights, kv_cache=kv_cache_for(weights))
         self.check = check
         self.kernels = tuple(kernels)
         self.problems: dict[str, Problem] = {}
@@ -78,7 +78,7 @@ def of_checkpoint(checkpoint: Checkpoint, architecture: Any, survey: Survey, pro
     decoder = construct(find(checkpoint.config, architecture), checkpoint.config)
     survey.storage = Storage.of(survey.weights, match(checkpoint, decoder), decoder.vocab_size)
     with progress.task("Tracing", 1):
-        mod = export(decoder, survey.machine)
+        mod = export(decoder, survey.machine, survey.kv_cache)
     standard = pipeline()
     steps = standard[: standard.position(ScheduleRest)].bind(survey)  # behind it nothing is chosen
     with progress.task("Passes", len(steps)) as advance:

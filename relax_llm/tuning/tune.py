@@ -13,7 +13,7 @@ from relax_llm import cpu, ffi
 from relax_llm.artifact.artifact import Artifact, load, versions
 from relax_llm.checkpoint import Checkpoint, open_checkpoint
 from relax_llm.compiler.compile import WEIGHT_FORMATS
-from relax_llm.compiler.storage import AUTO, as_stored
+from relax_llm.compiler.storage import AUTO, as_stored, kv_cache_for
 from relax_llm.compiler.user_kernels import gather
 from relax_llm.errors import InputError
 from relax_llm.plan.kernel import Kernel
@@ -177,6 +177,7 @@ def survey_of(
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)  # type: ignore[arg-type]
         if weights == AUTO:
             survey.weights = as_stored(opened)
+            survey.kv_cache = kv_cache_for(survey.weights)
         of_checkpoint(opened, architecture, survey, progress)
     fingerprint = {
         "processor": cpu.name(),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from relax_llm.kernels.cache import GRANULE, TILE, Append, cache_shapes
+from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, cache_shapes
+from relax_llm.kernels.cache import Append
+from relax_llm.kernels.operators.cached import decode_keys, decode_values
 
 from ..tolerances import UNIT, assert_within
 from .bench import every_machine, launch, machines, random
@@ -29,8 +33,9 @@ CHUNKS = {
 }
 
 
-def _poisoned(shape: Sequence[int]) -> Array:
-    return np.full(shape, SENTINEL, np.uint32).view(np.float32)
+def _poisoned(shape: Sequence[int], dtype: str) -> Array:
+    words = -(-math.prod(shape) * np.dtype(dtype).itemsize // 4)
+    return np.full(words, SENTINEL, np.uint32).view(dtype).reshape(shape)
 
 
 def _split(problem: Append, qkv: Array) -> tuple[Array, Array, Array]:
@@ -52,26 +57,23 @@ def _rotate(x: Array, table: Array) -> tuple[Array, Array]:
     return rotated, 3 * UNIT["float32"] * magnitude
 
 
-def _flat_keys(cache: Array) -> Array:
-    """[batch, kv_heads, tiles, head_dim, TILE] -> [batch, positions, kv_heads, head_dim]."""
-    batch, kv_heads, tiles, dim, tile = cache.shape
-    flat: Array = cache.transpose(0, 2, 4, 1, 3).reshape(batch, tiles * tile, kv_heads, dim)
-    return flat
+def _flat_keys(problem: Append, cache: Array) -> Array:
+    """Keys as [batch, positions, kv_heads, head_dim]."""
+    return decode_keys(problem.cache, cache, problem.head_dim)
 
 
-def _flat_values(cache: Array) -> Array:
-    """[batch, kv_heads, tiles, TILE, head_dim] -> [batch, positions, kv_heads, head_dim]."""
-    batch, kv_heads, tiles, tile, dim = cache.shape
-    flat: Array = cache.transpose(0, 2, 3, 1, 4).reshape(batch, tiles * tile, kv_heads, dim)
-    return flat
+def _flat_values(problem: Append, cache: Array) -> Array:
+    """Values as [batch, positions, kv_heads, head_dim]."""
+    return decode_values(problem.cache, cache)
 
 
 def _check(problem: Append, on: str, batch: int, chunks: Sequence[int]) -> None:
     """Append chunk after chunk; after each, look at every position of the caches and at the queries."""
     total = sum(chunks)
     tiles = -(-total // GRANULE) * GRANULE // TILE
-    shapes = cache_shapes(batch, problem.kv_heads, tiles, problem.head_dim)
-    k_cache, v_cache = (_poisoned(shape) for shape in shapes)
+    shapes = cache_shapes(problem.cache, batch, problem.kv_heads, tiles, problem.head_dim)
+    k_cache, v_cache = (_poisoned(shape, CACHE_DTYPES[problem.cache]) for shape in shapes)
+    before = {"keys": _flat_keys(problem, k_cache), "values": _flat_values(problem, v_cache)}
     qkv = random(batch, total, problem.width)
     table = random(total, 2, problem.head_dim // 2, seed=1)
     expected_q, expected_k, expected_v = _split(problem, qkv)
@@ -89,19 +91,29 @@ def _check(problem: Append, on: str, batch: int, chunks: Sequence[int]) -> None:
         k_cache, v_cache, q = launch(problem, on, qkv[:, now], *tables, *caches, kv_len, out)
         what = f"{problem.name}, {seq} up to {kv_len}"
         assert_within(q, expected_q[:, now], allowed_q[:, now], f"{what}: queries")
-        keys, values = _flat_keys(k_cache), _flat_values(v_cache)
-        assert_within(keys[:, :kv_len], expected_k[:, :kv_len], allowed_k[:, :kv_len], f"{what}: keys")
-        assert_within(values[:, :kv_len], expected_v[:, :kv_len], np.float64(0), f"{what}: values")
+        keys, values = _flat_keys(problem, k_cache), _flat_values(problem, v_cache)
+        half_step = 2.0**-8 if problem.cache == "bf16" else 0.0
+        right_k, right_v = expected_k[:, :kv_len], expected_v[:, :kv_len]
+        rounded = [np.abs(right) * half_step for right in (right_k, right_v)]
+        assert_within(keys[:, :kv_len], right_k, allowed_k[:, :kv_len] + rounded[0], f"{what}: keys")
+        assert_within(values[:, :kv_len], right_v, rounded[1], f"{what}: values")
+        if problem.cache == "bf16":  # to nearest, exactly
+            exact = right_v.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
+            np.testing.assert_array_equal(values[:, :kv_len], exact)
         for name, positions in (("keys", keys), ("values", values)):
-            rest = np.ascontiguousarray(positions[:, kv_len:]).view(np.uint32)
-            assert (rest == SENTINEL).all(), f"{what}: {name} behind the last position were written"
+            rest = [np.ascontiguousarray(x[:, kv_len:]).tobytes() for x in (positions, before[name])]
+            assert rest[0] == rest[1], f"{what}: {name} behind the last position were written"
+
+
+caches = pytest.mark.parametrize("cache", CACHE_DTYPES)
 
 
 @machines
+@caches
 @pytest.mark.parametrize("chunks", list(CHUNKS.values()), ids=list(CHUNKS))
 @pytest.mark.parametrize("batch", [1, 3])
-def test_chunks(on: str, batch: int, chunks: tuple[int, ...]) -> None:
-    _check(Append(3, 1, 10), on, batch, chunks)
+def test_chunks(on: str, batch: int, chunks: tuple[int, ...], cache: str) -> None:
+    _check(Append(3, 1, 10, cache=cache), on, batch, chunks)
 
 
 @machines
@@ -117,10 +129,31 @@ def test_head_dims(on: str, head_dim: int) -> None:
 
 
 @machines
+@caches
 @pytest.mark.parametrize("head_dim", [1, 4, 7, 16, 17, 64, 128])
-def test_without_rope(on: str, head_dim: int) -> None:
+def test_without_rope(on: str, head_dim: int, cache: str) -> None:
     """Learned positions: a copy, of odd head_dim, too."""
-    _check(Append(4, 2, head_dim, rope=False), on, 2, (5, 1, 12))
+    _check(Append(4, 2, head_dim, rope=False, cache=cache), on, 2, (5, 1, 12))
+
+
+@machines
+def test_what_bf16_rounds_to(on: str) -> None:
+    """Ties to even, overflow to infinity, and NaN of every kind stays NaN."""
+    given = np.array(
+        [0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001,
+         0xFFFFFFFF, 0x7FFFFFFF, 0x00000001, 0x80008001, 0x00000000, 0x80000000, 0x3FFFFFFF, 0xBF7F8000],
+        np.uint32,
+    ).view(np.float32)  # fmt: skip
+    problem = Append(1, 1, len(given), rope=False, cache="bf16")
+    qkv = np.concatenate([given] * 3).reshape(1, 1, -1)
+    shapes = cache_shapes("bf16", 1, 1, GRANULE // TILE, len(given))
+    caches = (InOut(_poisoned(shape, "uint16")) for shape in shapes)
+    k_cache, v_cache, _ = launch(problem, on, qkv, *caches, 1, Out((1, 1, 1, len(given))))
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = given.astype(ml_dtypes.bfloat16).astype(np.float32)
+    for cached in (_flat_keys(problem, k_cache)[0, 0, 0], _flat_values(problem, v_cache)[0, 0, 0]):
+        np.testing.assert_array_equal(cached, expected)
+        np.testing.assert_array_equal(np.signbit(cached), np.signbit(expected) & ~np.isnan(expected))
 
 
 @pytest.mark.slow

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE
 from relax_llm.kernels.attention import Attention
-from relax_llm.kernels.cache import GRANULE, TILE
+from relax_llm.kernels.operators.cached import encode_keys, encode_values
 
 from ..tolerances import EXP, assert_within, reduction
 from .bench import HOST, every_machine, launch, machines, random
@@ -54,18 +56,18 @@ LATER = (
 """Decodes and later chunks."""
 
 
-def _layout(keys: Array, values: Array, tiles: int) -> tuple[Array, Array]:
+def _layout(cache: str, keys: Array, values: Array, tiles: int) -> tuple[Array, Array]:
     """[batch, kv_len, kv_heads, head_dim] -> the caches; what lies behind kv_len is NaN."""
     batch, kv_len, kv_heads, dim = keys.shape
     padded = np.full((2, batch, tiles * TILE, kv_heads, dim), SENTINEL, np.uint32).view(np.float32)
     padded[0, :, :kv_len], padded[1, :, :kv_len] = keys, values
-    tiled = padded.reshape(2, batch, tiles, TILE, kv_heads, dim)
-    keys, values = tiled[0].transpose(0, 3, 1, 4, 2), tiled[1].transpose(0, 3, 1, 2, 4)
-    return np.ascontiguousarray(keys), np.ascontiguousarray(values)
+    return encode_keys(cache, padded[0]), encode_values(cache, padded[1])
 
 
 def _reference(problem: Attention, q: Array, keys: Array, values: Array) -> tuple[Array, Array]:
-    """Softmax attention in float64, and how far each element may be missed."""
+    """Softmax attention in float64, and how far each element may be missed; keys and values as the cache has them."""
+    if problem.cache == "bf16":
+        keys, values = (x.astype(ml_dtypes.bfloat16).astype(np.float32) for x in (keys, values))
     batch, seq, heads, dim = q.shape
     kv_len, group = keys.shape[1], heads // problem.kv_heads
     q, keys, values = (x.astype(np.float64) for x in (q, keys, values))
@@ -83,8 +85,9 @@ def _reference(problem: Attention, q: Array, keys: Array, values: Array) -> tupl
     # A score that is missed by e makes its weight wrong by a factor e**e, and all others through their sum. Scores far
     # below the maximum weigh nothing, so theirs do not count; each block may rescale what came before it.
     heavy = np.where(visible & (weights > 1e-12), scale, 0.0).max(axis=-1)  # [batch, heads, seq]
-    missed = np.expm1(2 * reduction("float32", dim) * heavy)
-    relative = missed + EXP * (2 + math.sqrt(kv_len / GRANULE)) + reduction("float32", kv_len)
+    rounded = 2.0**-8 if problem.cache == "bf16" else 0.0  # queries, and weights
+    missed = np.expm1(2 * (reduction("float32", dim) + rounded) * heavy)
+    relative = missed + EXP * (2 + math.sqrt(kv_len / GRANULE)) + reduction("float32", kv_len) + rounded
     magnitude = np.einsum("bhst,bthd->bshd", weights, np.abs(values))
     allowed = magnitude * relative.transpose(0, 2, 1)[..., None] + 1e-30
     return out.reshape(batch, seq, heads * dim), allowed.reshape(batch, seq, heads * dim)
@@ -92,7 +95,7 @@ def _reference(problem: Attention, q: Array, keys: Array, values: Array) -> tupl
 
 def _run(problem: Attention, on: str, q: Array, keys: Array, values: Array, spare: int = 0) -> Array:
     tiles = (-(-keys.shape[1] // GRANULE) + spare) * GRANULE // TILE
-    k_cache, v_cache = _layout(keys, values, tiles)
+    k_cache, v_cache = _layout(problem.cache, keys, values, tiles)
     shape = (*q.shape[:2], q.shape[2] * q.shape[3])
     (out,) = launch(problem, on, q, k_cache, v_cache, keys.shape[1], Out(shape))
     return out
@@ -111,8 +114,13 @@ def _check(problem: Attention, on: str, batch: int, seq: int, kv_len: int, spare
     assert_within(out, reference, allowed, f"{problem.name}, batch {batch}, {seq} up to {kv_len}")
 
 
-def _problem(heads: tuple[int, int], head_dim: int, window: int | None = None) -> Attention:
-    return Attention(*heads, head_dim, head_dim**-0.5, window)
+def _problem(
+    heads: tuple[int, int], head_dim: int, window: int | None = None, cache: str = "f32"
+) -> Attention:
+    return Attention(*heads, head_dim, head_dim**-0.5, window, cache)
+
+
+caches = pytest.mark.parametrize("cache", CACHE_DTYPES)
 
 
 @machines
@@ -129,6 +137,19 @@ def test_lengths(on: str, heads: int, kv_heads: int, batch: int) -> None:
 def test_head_dims(on: str, head_dim: int) -> None:
     for seq, kv_len in ((1, 1), (1, 65), (17, 17), (20, 90)):
         _check(_problem((6, 2), head_dim), on, 2, seq, kv_len)
+
+
+@machines
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "window"),
+    [((9, 3), 64, None), ((3, 1), 7, None), ((1, 1), 1, None), ((6, 2), 40, 65), ((8, 2), 33, 5)],
+    ids=str,
+)
+def test_a_cache_in_bf16(on: str, heads: tuple[int, int], head_dim: int, window: int | None) -> None:
+    """Odd positions and odd channels are halves of words, of which the other half is not theirs."""
+    problem = _problem(heads, head_dim, window, "bf16")
+    for seq, kv_len in (*BORDERS, *LATER):
+        _check(problem, on, 2 if seq == 1 else 1, seq, kv_len, spare=kv_len % 2)
 
 
 @machines
@@ -192,9 +213,10 @@ def test_scores_of_any_size(on: str, kind: str, window: int | None) -> None:
 
 
 @machines
-def test_what_a_query_does_not_see_does_not_reach_it(on: str) -> None:
+@caches
+def test_what_a_query_does_not_see_does_not_reach_it(on: str, cache: str) -> None:
     """A NaN key: queries before it are exactly what they were, those from it on are NaN, and say so."""
-    problem = _problem((3, 1), 20)
+    problem = _problem((3, 1), 20, cache=cache)
     q, keys, values = _operands(problem, 1, 130, 130)
     expected = _run(problem, on, q, keys, values)
     keys[0, 70, 0, 3] = np.nan
@@ -213,12 +235,13 @@ def test_a_window_forgets(on: str) -> None:
 
 
 @machines
+@caches
 @pytest.mark.parametrize(("heads", "window"), [((9, 3), None), ((9, 3), 70), ((1, 1), None)])
 def test_results_do_not_depend_on_how_tokens_are_divided(
-    on: str, heads: tuple[int, int], window: int | None
+    on: str, heads: tuple[int, int], window: int | None, cache: str
 ) -> None:
     """To the bit: a prompt, its tokens one by one, and chunks, whose tasks have blocks or rows."""
-    problem = _problem(heads, 20, window)
+    problem = _problem(heads, 20, window, cache)
     q, keys, values = _operands(problem, 1, 300, 300)
     whole = _run(problem, on, q, keys, values)
     for seq, kv_len in ((1, 1), (1, 16), (1, 64), (1, 65), (1, 128), (1, 129), (1, 300), (5, 130), (90, 300)):

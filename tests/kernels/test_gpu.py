@@ -9,7 +9,7 @@ import pytest
 import tvm
 from tvm.tirx import PrimFunc
 
-from relax_llm.kernels.cache import GRANULE, TILE
+from relax_llm.artifact.kv_cache import GRANULE, TILE
 from relax_llm.kernels.gpu import gpu_kernel
 from relax_llm.kernels.machine import machine
 from relax_llm.kernels.operators import OPERATORS, Operator

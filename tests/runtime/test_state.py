@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, cache_shapes
 from relax_llm.artifact.manifest import Cache
 from relax_llm.artifact.weights import aligned
 from relax_llm.errors import ContextLengthError, InputError
-from relax_llm.kernels import cache as kernels
 from relax_llm.runtime import state as states
-from relax_llm.runtime.state import GRANULE, TILE, State
+from relax_llm.runtime.state import State
 
 CACHES = (Cache("layers.0", 2, 6), Cache("layers.1", 1, 10))
 PER_TOKEN = 2 * 4 * (2 * 6 + 1 * 10)
@@ -52,15 +54,22 @@ def _marks(state: State) -> list[list[float]]:
     return marks
 
 
-def test_the_compiler_and_the_runtime_agree() -> None:
-    """The runtime does not import the compiler, so the numbers are written twice."""
-    assert (TILE, GRANULE) == (kernels.TILE, kernels.GRANULE)
-    state = _state(batch=3)
-    shapes = [tuple(tensor.shape) for tensor in state.reserve(65)]
+@pytest.mark.parametrize("format", CACHE_DTYPES)
+def test_caches_have_the_shapes_and_types_of_their_format(format: str) -> None:
+    layers = [replace(layer, format=format) for layer in CACHES]
+    state = State(layers, 3, 256)
     expected = [
-        shape for c in CACHES for shape in kernels.cache_shapes(3, c.kv_heads, 128 // TILE, c.head_dim)
+        (shape, CACHE_DTYPES[format])
+        for layer in layers
+        for shape in cache_shapes(format, 3, layer.kv_heads, 128 // TILE, layer.head_dim)
     ]
-    assert shapes == expected
+    caches = state.reserve(65)
+    assert [(tuple(cache.shape), str(cache.dtype)) for cache in caches] == expected
+    assert all(cache.data_ptr() % 64 == 0 for cache in caches)
+    itemsize = {"f32": 4, "bf16": 2}[format]
+    assert state.nbytes == sum(math.prod(shape) for shape, _ in expected) * itemsize
+    grown = state.fork()
+    assert grown.capacity == state.capacity
 
 
 def test_it_begins_with_nothing() -> None:
@@ -245,9 +254,10 @@ def test_memory_comes_when_it_is_written(monkeypatch: pytest.MonkeyPatch) -> Non
     """Growing asks for memory twice over, but writes only what was used."""
     taken: list[int] = []
 
-    def counting(shape: tuple[int, ...]) -> Any:
-        taken.append(int(np.prod(shape)) * 4)
-        return aligned(shape)
+    def counting(shape: tuple[int, ...], dtype: str) -> Any:
+        made = aligned(shape, dtype)
+        taken.append(made.nbytes)
+        return made
 
     monkeypatch.setattr(states, "aligned", counting)
     state = _state(context=131_072)

@@ -30,25 +30,24 @@ class CombineProjections:
         """Rewrite every function."""
         edit = Edit(mod)
         for line in edit.lines:
-            for var in [var for _, var, expr in line if is_op(expr, "relax.concat")]:
+            for var in [var for var, expr in line if is_op(expr, "relax.concat")]:
                 _combine(line, var)
         return edit.module()
 
 
 def _combine(line: Line, target: relax.Var) -> None:
-    definitions, users = line.definitions(), line.users()
-    concat = definitions[target]
+    concat = line[target]
     if int(concat.attrs.axis) not in (-1, len(target.ty.shape) - 1):
         return
     inputs, weights, biases = set(), [], []
     product: relax.Expr
     for part in concat.args[0]:
-        if len(users[part]) != 1:
+        if len(line.users(part)) != 1:
             return
-        product, bias = definitions.get(part), None
+        product, bias = line.get(part), None
         if is_op(product, "relax.add"):
-            product, bias = definitions.get(product.args[0]), product.args[1]
-        weight = transposed(definitions.get(product.args[1])) if is_op(product, "relax.matmul") else None
+            product, bias = line.get(product.args[0]), product.args[1]
+        weight = transposed(line.get(product.args[1])) if is_op(product, "relax.matmul") else None
         if weight is None or (bias is not None and not is_vector(bias, int(weight.ty.shape[0]))):
             return
         inputs.add(product.args[0])
@@ -56,7 +55,6 @@ def _combine(line: Line, target: relax.Var) -> None:
         biases.append(bias)
     if len(inputs) != 1 or (None in biases and set(biases) != {None}):
         return
-    index = line.positions()[target]
     weight = bind("weight", relax.op.concat(weights, axis=0))
     matrix = bind("transposed", relax.op.permute_dims(weight[0]))
     new = [weight, matrix]
@@ -64,5 +62,5 @@ def _combine(line: Line, target: relax.Var) -> None:
     if biases[0] is not None:
         new += [bind("product", product), bind("bias", relax.op.concat(biases, axis=0))]
         product = relax.op.add(new[-2][0], new[-1][0])
-    line.body[index] = (target, typed(product))
-    line.insert(index, new)
+    line.insert(target, new)
+    line.rebind(target, typed(product))

@@ -39,7 +39,7 @@ class FuseMatmul:
         """Rewrite every function."""
         edit = Edit(mod)
         for line in edit.lines:
-            for var in [var for _, var, expr in line if is_op(expr, "relax.matmul")]:
+            for var in [var for var, expr in line if is_op(expr, "relax.matmul")]:
                 _fuse(edit, line, var)
         return edit.module()
 
@@ -58,34 +58,32 @@ class _Group:
 
 
 def _fuse(edit: Edit, line: Line, start: relax.Var) -> None:
-    if start not in line.positions():  # already taken in by another
+    if start not in line:  # already taken in by another
         return
     group = _product(line, start)
     if group is None:
         return
     while _extend(line, group):
         pass
-    index = line.positions()[group.end]
     function = edit.kernel(f"loops_{group.problem.name}", lambda: definition(group.problem))
     operands = [
         group.x,
         group.weight,
         *(value for value in (group.bias, group.residual) if value is not None),
     ]
-    line.body[index] = (group.end, typed(relax.op.call_tir(function, operands, out_ty=group.end.ty)))
-    line.insert(index, group.new)
+    line.insert(group.end, group.new)
+    line.rebind(group.end, typed(relax.op.call_tir(function, operands, out_ty=group.end.ty)))
 
 
 def _product(line: Line, var: relax.Var) -> _Group | None:
     """The product bound to a variable, if its second operand is a matrix of weights."""
-    definitions = line.definitions()
-    x, right = definitions[var].args
+    x, right = line[var].args
     if len(x.ty.shape) != 3 or len(right.ty.shape) != 2:
         return None
     if not _is_weight(line, right) or {str(x.ty.dtype), str(right.ty.dtype)} != {"float32"}:
         return None
     new = []
-    weight = transposed(definitions.get(right))
+    weight = transposed(line.get(right))
     if weight is None:
         new = [bind("weight", relax.op.permute_dims(right))]
         weight = new[0][0]
@@ -97,7 +95,7 @@ def _is_weight(line: Line, expr: relax.Expr) -> bool:
     """Whether an expression can be computed when the artifact is made: `LiftWeights` knows the same operators."""
     if any(param.same_as(expr) for param in line.params):
         return True
-    definition = line.definitions().get(expr)
+    definition = line.get(expr)
     matrix = transposed(definition)
     if matrix is not None:
         return _is_weight(line, matrix)
@@ -108,12 +106,12 @@ def _is_weight(line: Line, expr: relax.Expr) -> bool:
 
 def _extend(line: Line, group: _Group) -> bool:
     """Take in the one operation that uses the group's result; False where there is none that fits."""
-    users = line.users()[group.end]
-    if len(users) != 1 or users[0] < 0:
+    users = line.users(group.end)
+    var = users[0] if len(users) == 1 else None
+    if var is None:
         return False
-    var, expr = line.body[users[0]] or (None, None)
-    problem = group.problem
-    if expr is None or not isinstance(expr, relax.Call) or problem.residual:
+    expr, problem = line[var], group.problem
+    if not isinstance(expr, relax.Call) or problem.residual:
         return False
     others = [arg for arg in expr.args if isinstance(arg, relax.Expr) and not arg.same_as(group.end)]
     if is_op(expr, "relax.add") and len(others) == 1:
@@ -132,18 +130,17 @@ def _extend(line: Line, group: _Group) -> bool:
             return False
     else:
         return False
-    line.body[line.positions()[group.end]] = None
+    line.drop(group.end)
     group.end = var
     return True
 
 
 def _gate(line: Line, group: _Group, up: relax.Expr) -> bool:
     """Take in the product that the activated group is multiplied with, where it is one of the same shape."""
-    definitions, users = line.definitions(), line.users()
-    start = up
-    if is_op(definitions.get(up), "relax.add"):
-        start = definitions[up].args[0]
-    if not is_op(definitions.get(start), "relax.matmul") or any(len(users[var]) != 1 for var in {up, start}):
+    start, last = up, line.get(up)
+    if is_op(last, "relax.add"):
+        start = last.args[0]
+    if not is_op(line.get(start), "relax.matmul") or any(len(line.users(var)) != 1 for var in {up, start}):
         return False
     other = _product(line, start)
     if (
@@ -152,12 +149,11 @@ def _gate(line: Line, group: _Group, up: relax.Expr) -> bool:
         or other.problem != Matmul(group.problem.n, group.problem.k)
     ):
         return False
-    bias = None if up.same_as(start) else definitions[up].args[1]
+    bias = None if up.same_as(start) else line[up].args[1]
     if (bias is None) != (group.bias is None) or (bias is not None and not is_vector(bias, group.problem.n)):
         return False
-    positions = line.positions()
-    line.body[positions[up]] = None
-    line.body[positions[start]] = None
+    for var in dict.fromkeys([up, start]):
+        line.drop(var)
     stacked = bind("weight", relax.op.concat([group.weight, other.weight], axis=0))
     group.new += [*other.new, stacked]
     group.weight = stacked[0]

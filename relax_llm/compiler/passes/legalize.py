@@ -37,12 +37,12 @@ class Legalize:
         """Rewrite every function."""
         edit = Edit(mod)
         for line in edit.lines:
-            for index, var, expr in list(line):
+            for var, expr in list(line):
                 for name, recognize in _OPERATORS.items():
                     found = recognize(expr) if is_op(expr, name) else None
                     if found is not None:
                         kernel = edit.kernel(found[0].name, partial(build, found[0], self.machine))
-                        line.body[index] = (var, typed(relax.op.call_tir(kernel, found[1], out_ty=var.ty)))
+                        line.rebind(var, typed(relax.op.call_tir(kernel, found[1], out_ty=var.ty)))
         return edit.module()
 
 

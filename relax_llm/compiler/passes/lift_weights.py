@@ -66,12 +66,12 @@ def _lift(line: Line, recipes: dict[Recipe, relax.Type]) -> dict[relax.Var, Reci
     caches = int(line.attrs[CACHES])
     known: dict[relax.Var, Recipe] = {var: Source(var.name) for var in line.params[2 + caches :]}
     types = {var: var.ty for var in known}
-    for index, var, expr in list(line):
+    for var, expr in list(line):
         recipe = _recipe(expr, known)
         if recipe is not None:
             known[var], types[var] = recipe, var.ty
-            line.body[index] = None
-    needed = {var for _, _, expr in line for var in used(expr) if var in known}
+            line.drop(var)
+    needed = {var for _, expr in line for var in used(expr) if var in known}
     for var in known:
         if var in needed:
             recipes.setdefault(known[var], types[var])
@@ -110,7 +110,7 @@ def _gather(
             seen[recipe] = relax.DataflowVar(joined_name(recipe.sources()), var.ty)
             loads.append((seen[recipe], typed(relax.TupleGetItem(weight_tuple, order[recipe]))))
         substitution[var] = seen[recipe]
-    for index, var, expr in line:
-        line.body[index] = (var, substitute(expr, substitution))
-    line.insert(0, loads)
+    for var, expr in list(line):
+        line.rebind(var, substitute(expr, substitution))
+    line.insert(None, loads)
     line.params = [*line.params[:2], cache_tuple, weight_tuple]

@@ -45,21 +45,21 @@ class SelectElementwise:
             if isinstance(func, PrimFunc) and problem_of(func) is None
         }
         for line in edit.lines:
-            for index, var, expr in list(line):
+            for var, expr in list(line):
                 problem = problems.get(expr.args[0]) if is_launch(expr) else None
                 if problem is None or len(expr.args) > 2:  # sizes that no tensor has come as a third argument
                     continue
                 choice = self.planner.choose(problem, _site(line, problem, expr, recipes))
                 kernel = install(edit, self.planner.machine, problem, choice)
-                line.body[index] = (var, typed(relax.op.call_tir(kernel, expr.args[1], out_ty=var.ty)))
+                line.rebind(var, typed(relax.op.call_tir(kernel, expr.args[1], out_ty=var.ty)))
         return edit.module()
 
 
 def _site(line: Line, problem: Elementwise, call: relax.Call, recipes: Sequence[Recipe]) -> str:
     """The place that the first weight among the operands names; what has none is a place of its own."""
-    definitions, weights = line.definitions(), line.params[3:4]
+    weights = line.params[3:4]
     for operand in call.args[1]:
-        made = definitions.get(operand)
+        made = line.get(operand)
         if isinstance(made, relax.TupleGetItem) and any(made.tuple_value.same_as(param) for param in weights):
             return site_of_weight(joined_name(recipes[made.index].sources()))
     return problem.name

@@ -67,10 +67,10 @@ class SelectKernels:
         """Replace the functions and pack the weights."""
         edit = Edit(mod)
         problems = edit.problems()
-        chosen: dict[tuple[str, int], tuple[Problem, Choice, Layout | None]] = {}
+        chosen: dict[relax.Var, tuple[Problem, Choice, Layout | None]] = {}
         shared: dict[str, tuple[Layout, str]] = {}
         for line in edit.lines:
-            for index, problem, call in _launches(line, problems):
+            for var, problem, call in _launches(line, problems):
                 if isinstance(problem, Matmul):
                     weight = call.args[1][1]
                     stored = self.planner.storage.format(_sources(line, weight), problem.n)
@@ -80,19 +80,19 @@ class SelectKernels:
                     # A GPU's kernels mostly read the weight as it is, as an embedding may beside them.
                     as_is = self.planner.machine.is_gpu and isinstance(choice.layout, Plain)
                     packed = None if as_is else choice.layout
-                    chosen[line.name, index] = problem, choice, packed
+                    chosen[var] = problem, choice, packed
                     if weight in line.params and choice.layout:
                         shared[weight.name] = choice.layout, stored
         for line in edit.lines:
-            for index, problem, call in _launches(line, problems):
+            for var, problem, call in _launches(line, problems):
                 if not isinstance(problem, Matmul):
                     problem, layout = self._table(line, problem, call, shared)
                     choice = self.planner.choose(problem, _site(line, list(call.args[1]), problem))
-                    chosen[line.name, index] = problem, choice, layout
+                    chosen[var] = problem, choice, layout
         installed: dict[str, ir.GlobalVar] = {}
         for line in edit.lines:
-            for index, _, call in reversed(list(_launches(line, problems))):
-                problem, choice, layout = chosen[line.name, index]
+            for var, _, call in list(_launches(line, problems)):
+                problem, choice, layout = chosen[var]
                 if choice.name not in installed:
                     installed[choice.name] = install(edit, self.planner.machine, problem, choice)
                 kernel, operands = installed[choice.name], list(call.args[1])
@@ -102,8 +102,8 @@ class SelectKernels:
                     operands[1] = before[-1][0]
                 args = [kernel, relax.Tuple(operands), *call.args[2:]]
                 replaced = typed(relax.Call(call.op, args, call.attrs, call.ty_args))
-                line.body[index] = ((line.body[index] or (None,))[0], replaced)
-                line.insert(index, before)
+                line.insert(var, before)
+                line.rebind(var, replaced)
         return edit.module()
 
     def _table(
@@ -174,27 +174,27 @@ def _site(line: Line, operands: list[relax.Expr], problem: Problem) -> str:
 
 def _sources(line: Line, operand: relax.Expr) -> list[str]:
     """The weights or caches that an operand is made from, without a launch in between."""
-    definitions = line.definitions()
     stored = line.params[2:]
 
     def sources(var: relax.Expr) -> list[str]:
         if any(param.same_as(var) for param in stored):
             return [var.name]
-        if var not in definitions or is_launch(definitions[var]):
+        made = line.get(var)
+        if made is None or is_launch(made):
             return []
-        return [name for part in used(definitions[var]) for name in sources(part)]
+        return [name for part in used(made) for name in sources(part)]
 
     return sources(operand) if isinstance(operand, relax.Var) else []
 
 
 def _launches(
     line: Line, problems: Mapping[ir.GlobalVar, Problem | None]
-) -> Iterator[tuple[int, Problem, relax.Call]]:
-    for index, _, expr in line:
+) -> Iterator[tuple[relax.Var, Problem, relax.Call]]:
+    for var, expr in line:
         if is_launch(expr):
             problem = problems.get(expr.args[0])
             if problem is not None:
-                yield index, problem, expr
+                yield var, problem, expr
 
 
 def _format_of(problem: Problem, layout: Layout) -> str:

@@ -6,9 +6,17 @@ import numpy as np
 from tvm import te, tirx
 from tvm.tirx import PrimFunc
 
+from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, cache_shapes
 from relax_llm.kernels.attention import Attention
-from relax_llm.kernels.cache import GRANULE, TILE, cache_shapes
+from relax_llm.kernels.halves import from_bf16
 from relax_llm.kernels.layout import Layout
+from relax_llm.kernels.operators.cached import (
+    HALF_STEP,
+    decode_keys,
+    decode_values,
+    encode_keys,
+    encode_values,
+)
 from relax_llm.kernels.operators.operator import (
     UNIT,
     Array,
@@ -26,11 +34,12 @@ _HEAVY = 1e-12  # Softmax weights below it do not matter, nor does how far their
 
 def operands(problem: Attention, layout: Layout | None) -> tuple[Operand, ...]:
     """(q [batch, seq, heads, head_dim], k_cache, v_cache, kv_len, out [batch, seq, heads * head_dim])."""
-    keys, values = cache_shapes("batch", problem.kv_heads, "tiles", problem.head_dim)
+    keys, values = cache_shapes(problem.cache, "batch", problem.kv_heads, "tiles", problem.head_dim)
+    dtype = CACHE_DTYPES[problem.cache]
     return (
         Operand("q", ("batch", "seq", problem.heads, problem.head_dim)),
-        Operand("k_cache", keys),
-        Operand("v_cache", values),
+        Operand("k_cache", keys, dtype),
+        Operand("v_cache", values, dtype),
         Operand("kv_len", (), "int64", "size"),
         Operand("out", ("batch", "seq", problem.heads * problem.head_dim), role="output"),
     )
@@ -40,15 +49,27 @@ def definition(problem: Attention) -> PrimFunc:
     """Plain loops: blocks "scores", "masked", "largest", "weights", "total", "weighted" and "attended"."""
     batch, seq, tiles, kv_len = (tirx.Var(name, "int64") for name in ("batch", "seq", "tiles", "kv_len"))
     heads, dim, group = problem.heads, problem.head_dim, problem.heads // problem.kv_heads
-    keys, values = cache_shapes(batch, problem.kv_heads, tiles, dim)
+    keys, values = cache_shapes(problem.cache, batch, problem.kv_heads, tiles, dim)
+    dtype = CACHE_DTYPES[problem.cache]
     q = te.placeholder((batch, seq, heads, dim), name="q")
-    k_cache, v_cache = te.placeholder(keys, name="k_cache"), te.placeholder(values, name="v_cache")
+    k_cache, v_cache = te.placeholder(keys, dtype, "k_cache"), te.placeholder(values, dtype, "v_cache")
+
+    def key(b: tirx.Var, h: tirx.Expr, t: tirx.Var, d: tirx.Var) -> tirx.Expr:
+        if problem.cache == "bf16":
+            return from_bf16(k_cache[b, h, t // TILE, d // 2, t % TILE, d % 2])
+        return k_cache[b, h, t // TILE, d, t % TILE]
+
+    def value(b: tirx.Var, h: tirx.Expr, t: tirx.Var, c: tirx.Var) -> tirx.Expr:
+        if problem.cache == "bf16":
+            return from_bf16(v_cache[b, h, t // TILE, t % TILE // 2, c, t % 2])
+        return v_cache[b, h, t // TILE, t % TILE, c]
+
     d = te.reduce_axis((0, dim), name="d")
     at, over, of = (te.reduce_axis((0, kv_len), name=name) for name in ("t_max", "t_sum", "t"))
     square = (batch, heads, seq, kv_len)
     scores = te.compute(
         square,
-        lambda b, h, s, t: te.sum(q[b, s, h, d] * k_cache[b, h // group, t // TILE, d, t % TILE], axis=d),
+        lambda b, h, s, t: te.sum(q[b, s, h, d] * key(b, h // group, t, d), axis=d),
         name="scores",
     )
 
@@ -68,9 +89,7 @@ def definition(problem: Attention) -> PrimFunc:
     total = te.compute(rows, lambda b, h, s: te.sum(weights[b, h, s, over], axis=over), name="total")
     weighted = te.compute(
         (batch, seq, heads, dim),
-        lambda b, s, h, c: te.sum(
-            weights[b, h, s, of] * v_cache[b, h // group, of // TILE, of % TILE, c], axis=of
-        ),
+        lambda b, s, h, c: te.sum(weights[b, h, s, of] * value(b, h // group, of, c), axis=of),
         name="weighted",
     )
     out = te.compute(
@@ -84,12 +103,16 @@ def definition(problem: Attention) -> PrimFunc:
 
 def inputs(problem: Attention, sizes: Sizes, rng: np.random.Generator, exact: bool) -> dict[str, Array]:
     """Normal numbers; what lies in the caches behind kv_len is NaN."""
-    shapes = {operand.name: operand.at(sizes) for operand in operands(problem, None) if operand.is_tensor}
-    made = {name: rng.standard_normal(shapes[name], np.float32) for name in ("q", "k_cache", "v_cache")}
-    behind = np.arange(sizes["tiles"] * TILE).reshape(-1, TILE) >= sizes["kv_len"]  # [tiles, TILE]
-    np.copyto(made["k_cache"], np.nan, where=behind[:, None, :])
-    np.copyto(made["v_cache"], np.nan, where=behind[:, :, None])
-    return made
+    q = (sizes["batch"], sizes["seq"], problem.heads, problem.head_dim)
+    cached = (sizes["batch"], sizes["tiles"] * TILE, problem.kv_heads, problem.head_dim)
+    made = {name: rng.standard_normal(cached, np.float32) for name in ("k_cache", "v_cache")}
+    for array in made.values():
+        array[:, sizes["kv_len"] :] = np.nan
+    return {
+        "q": rng.standard_normal(q, np.float32),
+        "k_cache": encode_keys(problem.cache, made["k_cache"]),
+        "v_cache": encode_values(problem.cache, made["v_cache"]),
+    }
 
 
 def expected(
@@ -99,16 +122,15 @@ def expected(
 
     A score that is missed by e makes its weight wrong by a factor exp(e), and all others through their sum; scores far
     below the maximum weigh nothing, so theirs do not count. Each block may rescale what came before it.
+
+    Over a cache in bf16 queries and weights may be rounded, too, each by half a step of its own.
     """
     kv_len, seq, dim = sizes["kv_len"], sizes["seq"], problem.head_dim
     group = problem.heads // problem.kv_heads
     q = values["q"].astype(np.float64)
-    keys = values["k_cache"].transpose(0, 2, 4, 1, 3)  # [batch, tiles, TILE, kv_heads, dim]
-    cached = values["v_cache"].transpose(0, 2, 3, 1, 4)
-    shape = (q.shape[0], -1, problem.kv_heads, dim)
-    keys, cached = (
-        np.repeat(x.reshape(shape)[:, :kv_len].astype(np.float64), group, axis=2) for x in (keys, cached)
-    )
+    keys = decode_keys(problem.cache, values["k_cache"], dim)
+    cached = decode_values(problem.cache, values["v_cache"])
+    keys, cached = (np.repeat(x[:, :kv_len].astype(np.float64), group, axis=2) for x in (keys, cached))
     scores = problem.scale * np.einsum("bshd,bthd->bhst", q, keys, optimize=True)
     scale = abs(problem.scale) * np.einsum("bshd,bthd->bhst", np.abs(q), np.abs(keys), optimize=True)
     query, position = np.arange(kv_len - seq, kv_len)[:, None], np.arange(kv_len)[None]
@@ -120,8 +142,9 @@ def expected(
     weights /= weights.sum(axis=-1, keepdims=True)
     right = np.einsum("bhst,bthd->bshd", weights, cached, optimize=True)
     heavy = np.where(visible & (weights > _HEAVY), scale, 0.0).max(axis=-1)  # [batch, heads, seq]
-    missed = np.expm1(2 * UNIT * (summed(dim) + 2) * heavy)
-    relative = missed + 4 * UNIT * (2 + np.sqrt(kv_len / GRANULE)) + 2 * UNIT * summed(kv_len)
+    rounded = 0.0 if problem.cache == "f32" else HALF_STEP
+    missed = np.expm1(2 * (UNIT * (summed(dim) + 2) + rounded) * heavy)
+    relative = missed + 4 * UNIT * (2 + np.sqrt(kv_len / GRANULE)) + 2 * UNIT * summed(kv_len) + rounded
     magnitude = np.einsum("bhst,bthd->bshd", weights, np.abs(cached), optimize=True)
     bound = magnitude * relative.transpose(0, 2, 1)[..., None] + 1e-30
     flat = (q.shape[0], seq, problem.heads * dim)
@@ -140,11 +163,19 @@ ATTENTION = Operator(
         Attention(9, 3, 64, 0.125),
         Attention(6, 2, 20, 20**-0.5, window=5),
         Attention(4, 4, 16, -0.3, window=65),
+        Attention(9, 3, 64, 0.125, cache="bf16"),
+        Attention(3, 1, 7, 7**-0.5, cache="bf16"),
+        Attention(6, 2, 40, 40**-0.5, window=21, cache="bf16"),
     ),
-    benchmarks=(Attention(9, 3, 64, 0.125), Attention(32, 8, 64, 0.125), Attention(32, 8, 128, 128**-0.5)),
+    benchmarks=tuple(
+        Attention(heads, kv_heads, head_dim, head_dim**-0.5, cache=cache)
+        for heads, kv_heads, head_dim in ((9, 3, 64), (32, 8, 64), (32, 8, 128))
+        for cache in CACHE_DTYPES
+    ),
     mistakes=(
         Mistake({"heads": 3, "kv_heads": 2, "head_dim": 4, "scale": 1.0}, "share"),
         Mistake({"heads": 2, "kv_heads": 0, "head_dim": 4, "scale": 1.0}, "at least 1"),
         Mistake({"heads": 2, "kv_heads": 2, "head_dim": 4, "scale": 1.0, "window": 0}, "at least 1"),
+        Mistake({"heads": 2, "kv_heads": 2, "head_dim": 4, "scale": 1.0, "cache": "q8"}, "q8"),
     ),
 )
