@@ -35,6 +35,7 @@ constexpr size_t kAlignment = 64;    // bytes; what the kernels assume of every 
 struct Cache {
   int64_t kv_heads;
   int64_t head_dim;
+  bool halves;  // bf16, two neighbours along what is summed in a word; else float32
 };
 
 // Memory of a tensor: its own, or a place in the map of the weights, which lives as long as the process.
@@ -109,7 +110,10 @@ struct Artifact {
     context_length = Field<int64_t>(manifest, "context_length", path);
     for (const ffi::Any& entry : Field<json::Array>(manifest, "caches", path)) {
       json::Object cache = entry.cast<json::Object>();
-      caches.push_back({Field<int64_t>(cache, "kv_heads", path), Field<int64_t>(cache, "head_dim", path)});
+      std::string stored = Field<ffi::String>(cache, "format", path);
+      if (stored != "f32" && stored != "bf16") Refuse(path, "this program knows no caches in " + stored + ".");
+      caches.push_back(
+          {Field<int64_t>(cache, "kv_heads", path), Field<int64_t>(cache, "head_dim", path), stored == "bf16"});
     }
     Map(directory + "/weights.safetensors", Field<json::Array>(manifest, "weights", path));
   }

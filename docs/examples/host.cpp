@@ -26,10 +26,11 @@ constexpr int64_t kGranule = 64;  // capacities are multiples of this
 
 int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// The keys and values of one sequence in every layer: tensors that grow as tokens come.
+// The keys and values of one sequence in every layer: tensors that grow as tokens come, [1, kv_heads, tiles, ...].
 //
-// keys   [1, kv_heads, tiles, head_dim, kTile]
-// values [1, kv_heads, tiles, kTile, head_dim]
+//        f32                       bf16, kept as its bits
+// keys   [..., head_dim, kTile]    [..., head_dim / 2 (rounded up), kTile, 2]
+// values [..., kTile, head_dim]    [..., kTile / 2, head_dim, 2]
 class Caches {
  public:
   Caches(std::vector<Cache> layers, int64_t context_length)
@@ -61,12 +62,15 @@ class Caches {
       const Cache& layer = layers_[i];
       for (int which = 0; which < 2; ++which) {
         int64_t rows = which == 0 ? layer.head_dim : kTile, columns = which == 0 ? kTile : layer.head_dim;
-        ffi::Tensor tensor = NewTensor({1, layer.kv_heads, tiles, rows, columns}, "float32");
+        std::vector<int64_t> shape = {1, layer.kv_heads, tiles, layer.halves ? RoundUp(rows, 2) / 2 : rows, columns};
+        if (layer.halves) shape.push_back(2);
+        ffi::Tensor tensor = NewTensor(shape, layer.halves ? "uint16" : "float32");
         if (used > 0) {
-          const float* from = static_cast<const float*>(tensors_[2 * i + which].data_ptr());
-          float* to = static_cast<float*>(tensor.data_ptr());
+          int64_t tile = (layer.halves ? RoundUp(rows, 2) * 2 : rows * 4) * columns;  // bytes
+          const char* from = static_cast<const char*>(tensors_[2 * i + which].data_ptr());
+          char* to = static_cast<char*>(tensor.data_ptr());
           for (int64_t head = 0; head < layer.kv_heads; ++head) {
-            std::copy_n(from + head * before * rows * columns, used * rows * columns, to + head * tiles * rows * columns);
+            std::copy_n(from + head * before * tile, used * tile, to + head * tiles * tile);
           }
         }
         grown.push_back(tensor);
@@ -154,7 +158,6 @@ int Run(int argc, char** argv) {
   }
   // Read once, when the first kernel runs. Threads that are bound to cores wait for ever on a busy machine.
   setenv("TVM_NUM_THREADS", std::to_string(std::max(1u, std::thread::hardware_concurrency())).c_str(), 0);
-  setenv("TVM_BIND_THREADS", "0", 0);
   Artifact artifact(argv[1]);
   Model model(artifact);
   for (int64_t i = 0; i < new_tokens; ++i) {

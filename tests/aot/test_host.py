@@ -15,6 +15,8 @@ import pytest
 
 import relax_llm as rl
 
+from .conftest import PLAIN
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -68,6 +70,17 @@ def test_it_continues_as_the_runner_does(
     done = _run(program, artifact.path, count, *prompt)
     assert done.returncode == 0, done.stderr
     assert [int(token) for token in done.stdout.split()] == _greedy(rl.Runner(artifact), prompt, count)
+
+
+def test_caches_of_half_the_size(program: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Through their growth, which copies tiles of words."""
+    halves = rl.compile(
+        checkpoint, output=tmp_path / "halves", target=PLAIN, kv_cache="bf16", selection="pinned"
+    )
+    prompt = np.random.default_rng(0).integers(0, halves.manifest.vocab_size, 61).tolist()
+    done = _run(program, halves.path, 80, *prompt)
+    assert done.returncode == 0, done.stderr
+    assert [int(token) for token in done.stdout.split()] == _greedy(rl.Runner(halves), prompt, 80)
 
 
 def test_mistakes_are_answered_with_a_sentence(program: Path, artifact: rl.Artifact, tmp_path: Path) -> None:
