@@ -5,7 +5,9 @@
 // speed was seen. Here
 //   - a loop is cut into TASKS. A thread begins with its own share of them, in order, and then takes what is left of
 //     the others' shares. Nobody waits for a thread that did not begin: only for those that are at a task.
-//   - Who has nothing to do spins for some microseconds and then sleeps, so that others can have the core.
+//   - Who has nothing to do spins for some microseconds and then sleeps, so that others can have the core. Who is woken on
+//     the core of the thread that woke it leaves for another: Linux was seen to have both take turns there for
+//     milliseconds, with the other core idle.
 //   - A thread that was kept from its core in the middle of a task is waited for, at most for as long as the system
 //     serves somebody else. Where that happens twice within a short time the caller does without other threads for some
 //     multiple of it. Then a neighbour has one core, and the loops run on the other at the speed that one core has.
@@ -30,7 +32,10 @@ namespace {
 
 constexpr int kTasks = TASKS;
 constexpr int kMostThreads = 64;
-constexpr int kSpins = 500;  // looks before a thread sleeps: about ten microseconds
+constexpr int kSpins = 2500;    // looks before a thread sleeps: some fifty microseconds, more than between most loops
+constexpr int kAwake = 4;       // times as many before it sleeps again when it was woken, and came too late
+constexpr int kWaits = 500;     // looks before the caller sleeps until others are through
+constexpr int kMostInVain = 7;  // loops for which nobody is woken after one was, and came too late
 
 struct Group {  // TVMParallelGroupEnv
   void *sync_handle;
@@ -57,6 +62,25 @@ inline void pause() {
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("yield");
+#endif
+}
+
+inline int processor() {  // that this thread runs on; -1 where the system does not tell
+#ifdef __linux__
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Move this thread to another processor than the one given, where there is one, and let it go anywhere afterwards.
+void leave(int taken) {
+#ifdef __linux__
+  cpu_set_t all, others;
+  if (sched_getaffinity(0, sizeof all, &all) != 0 || CPU_COUNT(&all) < 2) return;
+  others = all;
+  CPU_CLR(taken, &others);
+  if (sched_setaffinity(0, sizeof others, &others) == 0) sched_setaffinity(0, sizeof all, &all);
 #endif
 }
 
@@ -126,6 +150,7 @@ class Threads {
   alignas(64) std::atomic<unsigned> open_{0};  // the number of the loop that threads may enter; 0: none
   alignas(64) std::atomic<int> inside_{0};     // threads that have entered, or look whether they may
   alignas(64) std::atomic<int> asleep_{0};
+  std::atomic<int> processor_{-1};             // of the thread that woke others last
   std::atomic<bool> waiting_{false}, stopping_{false};
   std::mutex mutex_;
   std::condition_variable work_, done_;
@@ -148,6 +173,7 @@ int Threads::shared(Loop loop, void *data, Ticks began) {
   open_.store(number_);
   const bool wakes = asleep_.load() && --skip_ < 0;
   if (wakes) {
+    processor_.store(processor(), std::memory_order_relaxed);
     std::lock_guard<std::mutex> lock(mutex_);
     work_.notify_all();
   }
@@ -159,7 +185,7 @@ int Threads::shared(Loop loop, void *data, Ticks began) {
   if (helped_.load(std::memory_order_relaxed)) {
     skip_ = in_vain_ = 0;
   } else if (wakes) {
-    skip_ = in_vain_ = in_vain_ < 32 ? 2 * in_vain_ + 1 : 63;
+    skip_ = in_vain_ = in_vain_ < kMostInVain ? 2 * in_vain_ + 1 : kMostInVain;
   }
   if (waited > kLong && waited > (through - began) / 4) {
     if (began - late_ < kClose * waited) alone_until_ = now + kAlone * waited;
@@ -184,7 +210,7 @@ bool Threads::work(int self) {
 }
 
 void Threads::wait() {  // for those who are at a task
-  for (int i = 0; i < kSpins; i++) {
+  for (int i = 0; i < kWaits; i++) {
     if (!inside_.load()) return;
     pause();
   }
@@ -196,25 +222,31 @@ void Threads::wait() {  // for those who are at a task
 
 void Threads::serve(int self) {
   unsigned last = 0;
+  int patience = kSpins;
   const auto opened = [&] {
     const unsigned now = open_.load();
     return now && now != last;
   };
   while (!stopping_.load(std::memory_order_relaxed)) {
     int spins = 0;
-    while (spins < kSpins && !opened()) {
+    while (spins < patience && !opened()) {
       pause();
       spins++;
     }
-    if (spins == kSpins) {
+    if (spins == patience) {
       std::unique_lock<std::mutex> lock(mutex_);
       asleep_.fetch_add(1);
       work_.wait(lock, [&] { return stopping_.load() || opened(); });
       asleep_.fetch_sub(1);
+      lock.unlock();
+      const int taken = processor_.load(std::memory_order_relaxed);
+      if (taken >= 0 && taken == processor()) leave(taken);
+      patience = kSpins * kAwake;
     }
     inside_.fetch_add(1);
     if (opened()) {  // once inside, the loop is not closed behind this thread's back
       last = open_.load();
+      patience = kSpins;
       if (work(self)) helped_.store(true, std::memory_order_relaxed);
     }
     if (inside_.fetch_sub(1) == 1 && waiting_.load()) {
