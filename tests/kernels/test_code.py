@@ -19,7 +19,8 @@ from relax_llm.kernels.library import build
 from relax_llm.kernels.lookup import Embedding, LastToken
 from relax_llm.kernels.machine import machine
 from relax_llm.kernels.matmul import Matmul
-from relax_llm.kernels.matmul.shape import UNROLL, tile_for
+from relax_llm.kernels.matmul.multiply import steps_of_loop
+from relax_llm.kernels.matmul.shape import layout_for, tile_for
 from relax_llm.kernels.norm import Norm
 from relax_llm.kernels.positions import Positions, RopeTable
 from relax_llm.kernels.problem import ATTRIBUTE, Problem, problem_of
@@ -111,10 +112,12 @@ def test_no_function_is_called_for_each_lane(problem: Problem) -> None:
 def test_the_accumulators_of_a_matmul_stay_in_registers() -> None:
     """The loop over k of the full tile loads weights, broadcasts x, and multiplies and adds; it writes no vector."""
     code = _source(Matmul(64, 999), "x86-64-v4", "s")
-    rows = tile_for(machine("x86-64-v4")).rows
+    there = machine("x86-64-v4")
+    rows = tile_for(there).rows
     blocks = re.split(r"^\.LBB\S+:.*$|^\tj.*$", code, flags=re.MULTILINE)
-    full = [block for block in blocks if len(re.findall(r"vfmadd\w*ps.*%zmm", block)) == UNROLL * 2 * rows]
-    assert full, f"no loop has the {UNROLL * 2 * rows} multiply-adds of a full tile"
+    count = 2 * rows * steps_of_loop(layout_for(Matmul(64, 999), there), rows)
+    full = [block for block in blocks if len(re.findall(r"vfmadd\w*ps.*%zmm", block)) == count]
+    assert full, f"no loop has the {count} multiply-adds of a full tile"
     for block in full:
         assert not re.search(r"vmov\w*\s+%zmm\d+, .*\(", block), (
             "an accumulator is written to memory in the loop"

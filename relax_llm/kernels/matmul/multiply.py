@@ -15,7 +15,7 @@ from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.inner import inner, memory, number, pointer
 from relax_llm.kernels.intrinsics import dot_bf16, imported
-from relax_llm.kernels.layout import Packed
+from relax_llm.kernels.layout import Packed, Tiled, TiledGroups
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul.reading import Reader, panel_words, reader
 from relax_llm.kernels.matmul.shape import UNROLL, tile_for
@@ -25,6 +25,7 @@ STREAMS = 2
 
 _LINE = 16  # elements of four bytes in a cache line
 _FAR = 1 << 20  # steps: micro-kernels do not know how many a panel has
+_FEW_ROWS = 4  # of a tile that has little to do in a step
 
 _POINTERS = ("x", "weight", "sums", "ahead", "beyond")
 _NUMBERS = ("apart", "turns", "rest", "carry", "spacing")
@@ -64,6 +65,22 @@ def multiply(layout: Packed, stride: int, machine: Machine, *, pairs: bool = Fal
     return inner(f"{_name(layout, pairs)}_stride{stride}", (machine,), emit)
 
 
+def steps_of_loop(layout: Packed, rows: int, *, pairs: bool = False) -> int:
+    """Steps of the reduction in a pass of a micro-kernel's loop.
+
+    All of a turn where its rows are few, or its code depends on a step's place in the turn; else two, which is work
+    enough to hide the loop behind.
+    """
+    if rows <= _FEW_ROWS or isinstance(layout, TiledGroups):
+        return UNROLL
+    return 2
+
+
+def _is_uniform(layout: Packed, *, pairs: bool) -> bool:
+    """Whether all steps of a turn have the same code."""
+    return pairs or isinstance(layout, Tiled)
+
+
 def _name(layout: Packed, pairs: bool) -> str:
     return f"multiply_{'pairs_' if pairs else ''}{layout.name}"
 
@@ -77,9 +94,10 @@ def _pointers(layout: Packed, pairs: bool) -> list[tuple[str, str]]:
 def _tile(layout: Packed, stride: int, rows: int, machine: Machine, pairs: bool) -> ir.GlobalVar:
     """The function for one height, without that argument."""
     tile = tile_for(machine)
-    # A turn reads this many lines from each stream; tall tiles come in pairs, which share the work of asking.
+    unroll = steps_of_loop(layout, rows, pairs=pairs)
+    # A pass of the loop asks for this many lines of each stream; tall tiles come in pairs, which share the work.
     words = layout.cols if pairs else panel_words(layout, 32) / 32  # of the weight in a step
-    lines = math.ceil(UNROLL * words / (STREAMS * _LINE))
+    lines = math.ceil(unroll * words / (STREAMS * _LINE))
     lines = lines if rows <= tile.alone else -(-lines // 2)
 
     def emit() -> None:
@@ -108,14 +126,20 @@ def _tile(layout: Packed, stride: int, rows: int, machine: Machine, pairs: bool)
 
         with imported() if pairs else nullcontext():
             b.either(carry == 0, acc.clear, load)
-            with T.serial(turns) as turn:
-                for u in range(UNROLL):
-                    for at in range(u * lines * STREAMS // UNROLL, (u + 1) * lines * STREAMS // UNROLL):
-                        b.prefetch(streams[at % STREAMS], turn * spacing + at // STREAMS * _LINE)
-                    step(turn * UNROLL + u, u)
-            for u in range(UNROLL - 1):
-                with b.when(rest > u):
-                    step(turns * UNROLL + u, u)
+            passes = UNROLL // unroll  # of the loop in a turn
+            with T.serial(turns * passes) as turn:
+                for u in range(unroll):
+                    for at in range(u * lines * STREAMS // unroll, (u + 1) * lines * STREAMS // unroll):
+                        where = T.truncdiv(turn * spacing, T.int64(passes)) + at // STREAMS * _LINE
+                        b.prefetch(streams[at % STREAMS], where)
+                    step(turn * unroll + u, u)
+            if _is_uniform(layout, pairs=pairs):
+                with T.serial(rest) as more:
+                    step(turns * UNROLL + more, 0)
+            else:
+                for u in range(UNROLL - 1):
+                    with b.when(rest > u):
+                        step(turns * UNROLL + u, u)
             for row, index, column, lanes in acc:
                 b.store(sums, acc.get(row, index), place(row, column), lanes=lanes)
 
