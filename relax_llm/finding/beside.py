@@ -17,12 +17,8 @@ from relax_llm.runtime.state import State
 
 Array = npt.NDArray[Any]
 
-_STORAGE = (
-    "weight_format",
-    "layout",
-    "activations",
-    "cache",
-)  # fields that say how, and not what is computed
+# Fields that say how, and not what is computed.
+_STORAGE = ("weight_format", "layout", "activations", "cache")
 
 
 def pairs(subject: Manifest, other: Manifest, function: str) -> list[int | None]:
@@ -41,14 +37,14 @@ def check_alike(subject: Runner, other: Runner) -> None:
     """Refuse to compare different models.
 
     Raises:
-        InputError: They have another vocabulary, or other caches.
+        InputError: They have another vocabulary, or other attention layers.
     """
     ours, theirs = subject.artifact.manifest, other.artifact.manifest
-    if (ours.vocab_size, ours.hidden_size, ours.caches) != (
-        theirs.vocab_size,
-        theirs.hidden_size,
-        theirs.caches,
-    ):
+    sizes = [
+        (one.vocab_size, one.hidden_size, [(c.site, c.kv_heads, c.head_dim) for c in one.caches])
+        for one in (ours, theirs)
+    ]
+    if sizes[0] != sizes[1]:
         raise InputError(
             f"{subject.artifact.path} and {other.artifact.path} are different models: {_shape(ours)}, and "
             f"{_shape(theirs)}. Compare artifacts of one checkpoint."

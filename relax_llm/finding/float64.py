@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 
 from relax_llm.artifact.manifest import Manifest, Weight
@@ -53,10 +54,22 @@ class Float64:
         ]
         kv_len = launch.sizes["kv_len"]
         return outputs + [
-            Expected(tokens_of(name, said.right, kv_len), tokens_of(name, said.bound, kv_len))
+            _expected_tokens(name, said.right, said.bound, problem, kv_len)
             for name, said in found.items()
             if name.endswith("_cache")
         ]
+
+
+def _expected_tokens(name: str, right: Array, bound: Array, problem: Any, kv_len: int) -> Expected:
+    """What a cache should hold; of bits of bf16 that may be off by some, the steps between two such."""
+    if problem.cache == "f32":
+        return Expected(
+            *(tokens_of(name, part.astype(np.float32), problem.head_dim, kv_len) for part in (right, bound))
+        )
+    tokens = tokens_of(name, right.astype(np.uint16), problem.head_dim, kv_len)
+    far = right + bound
+    steps = tokens_of(name, np.minimum(far, 0xFFFF).astype(np.uint16), problem.head_dim, kv_len) - tokens
+    return Expected(tokens, np.abs(steps))
 
 
 float64 = Float64()

@@ -30,6 +30,9 @@ step of the format against a typical weight, six standard deviations of it, what
 LOGITS = 1e-2
 """How far logits may have drifted at the end, where weights are the same, without any site being out of its bound."""
 
+_ACTIVATIONS = {"int8": 2.0**-6, "int16": 2.0**-14, "bf16": 2.0**-8}
+"""What rounded activations may change, likewise: a typical step against a typical activation."""
+
 _GATED = 4.0  # A product's largest result is smaller than the product of its factors' largest.
 _SCORE = 16.0  # Magnitude of the terms of an attention score: what is missed of it is missed in the exponent.
 _POWER = 64.0  # Magnitude of an exponent that still counts in a sum of exponentials.
@@ -50,18 +53,29 @@ def share(operator: str, problem: Mapping[str, Any], kv_len: int, formats: tuple
 
 def _computing(operator: str, problem: Mapping[str, Any], kv_len: int) -> float:
     if operator == "matmul":
-        return 2 * UNIT * _summed(problem["k"]) * (_GATED if problem.get("gated") else 1.0)
+        rounded = _ACTIVATIONS.get(problem.get("activations") or "", 0.0)
+        return (2 * UNIT * _summed(problem["k"]) + rounded) * (_GATED if problem.get("gated") else 1.0)
     if operator == "norm":
         return 2 * UNIT * (_summed(problem["hidden"]) + 8)
     if operator == "attention":
-        return 2 * UNIT * (_summed(problem["head_dim"]) * _SCORE + _summed(kv_len))
+        return 2 * UNIT * (_summed(problem["head_dim"]) * _SCORE + _summed(kv_len)) + _attended(problem)
     if operator == "append":
-        return 8 * UNIT + (_TABLE if problem.get("rope") else 0.0)
+        return 8 * UNIT + (_TABLE if problem.get("rope") else 0.0) + _cached(problem)
     if operator == "rope_table":
         return _TABLE + 2 * UNIT * kv_len  # the angle is a product with the position, rounded
     if operator == "softmax":
         return 2 * UNIT * (_summed(problem["width"]) + _POWER)
     return 8 * UNIT if operator in ("fused", "elementwise") else 0.0
+
+
+def _cached(problem: Mapping[str, Any]) -> float:
+    """What rounding to a cache's format changes."""
+    return 2.0**-8 if problem.get("cache", "f32") == "bf16" else 0.0
+
+
+def _attended(problem: Mapping[str, Any]) -> float:
+    """What rounding keys, values, queries and weights changes, most of it in the exponents."""
+    return 4 * _cached(problem)
 
 
 def _storing(operator: str, problem: Mapping[str, Any], formats: tuple[str, str]) -> float:

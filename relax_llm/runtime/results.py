@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
+from relax_llm.artifact.kv_cache import CACHE_DTYPES, decode_keys, decode_values, encode_keys, encode_values
 from relax_llm.runtime.launch import Launch
 
 Array = npt.NDArray[Any]
@@ -29,9 +29,9 @@ def results(launch: Launch) -> list[Result]:
     """Everything that a launch writes, which has been made."""
     found = [Result("", output) for output in launch.outputs]
     if launch.operator == "append":
-        found += [
-            Result(kind, tokens_of(kind, cache, launch.sizes["kv_len"])) for kind, cache in _caches(launch)
-        ]
+        kv_len = launch.sizes["kv_len"]
+        head_dim = _head_dim(launch)
+        found += [Result(kind, tokens_of(kind, cache, head_dim, kv_len)) for kind, cache in _caches(launch)]
     return found
 
 
@@ -47,9 +47,10 @@ def overwrite(launch: Launch, values: Sequence[Array | None]) -> None:
         if value is not None:
             output[...] = value
     if launch.operator == "append":
+        head_dim = _head_dim(launch)
         for (kind, cache), value in zip(_caches(launch), values[len(outputs) :], strict=True):
             if value is not None:
-                _put_tokens(kind, cache, value, launch.sizes["kv_len"])
+                _put_tokens(kind, cache, value, head_dim, launch.sizes["kv_len"])
 
 
 def residual_of(launch: Launch, problem: Mapping[str, Any]) -> Array | None:
@@ -62,18 +63,32 @@ def residual_of(launch: Launch, problem: Mapping[str, Any]) -> Array | None:
     return next((value for value in given if value.shape == shape), None)
 
 
-def tokens_of(kind: str, cache: Array, kv_len: int) -> Array:
-    """The first tokens of a cache: [batch, kv_heads, tiles, ...] -> [batch, kv_heads, kv_len, head_dim]."""
-    tiles = cache.swapaxes(3, 4) if kind == "k_cache" else cache
-    batch, heads, count, tile, dim = tiles.shape
-    return tiles.reshape(batch, heads, count * tile, dim)[:, :, :kv_len]
+def tokens_of(kind: str, cache: Array, head_dim: int, kv_len: int) -> Array:
+    """The first tokens of a cache as floats: [batch, kv_heads, kv_len, head_dim]."""
+    tokens: Array = _decoded(kind, cache, head_dim)[:, :kv_len].swapaxes(1, 2)
+    return tokens
 
 
-def _put_tokens(kind: str, cache: Array, values: Array, kv_len: int) -> None:
-    tiles = cache.swapaxes(3, 4) if kind == "k_cache" else cache
-    positions = np.arange(kv_len - values.shape[2], kv_len)
-    size = tiles.shape[3]
-    tiles[:, :, positions // size, positions % size] = values
+def _put_tokens(kind: str, cache: Array, values: Array, head_dim: int, kv_len: int) -> None:
+    tokens = _decoded(kind, cache, head_dim).copy()
+    tokens[:, kv_len - values.shape[2] : kv_len] = values.swapaxes(1, 2)
+    cache[...] = (encode_keys if kind == "k_cache" else encode_values)(_format(cache), tokens)
+
+
+def _decoded(kind: str, cache: Array, head_dim: int) -> Array:
+    if kind == "k_cache":
+        return decode_keys(_format(cache), cache, head_dim)
+    return decode_values(_format(cache), cache)
+
+
+def _format(cache: Array) -> str:
+    return next(format for format, dtype in CACHE_DTYPES.items() if dtype == cache.dtype.name)
+
+
+def _head_dim(launch: Launch) -> int:
+    """Channels of a head, which a cache of keys alone does not tell."""
+    values = next(cache for kind, cache in _caches(launch) if kind == "v_cache")
+    return int(decode_values(_format(values), values[:1, :1, :1]).shape[3])
 
 
 def _caches(launch: Launch) -> list[tuple[str, Array]]:

@@ -58,7 +58,9 @@ class Terminal:
         return _ESCAPES.sub("", self.raw).replace("\r\n", "\n")
 
     def press(self, keys: str) -> None:
-        """Type on the keyboard."""
+        """Type on the keyboard; Ctrl-C as long after a prompt as a person would need, when the program waits for keys."""
+        if keys == CTRL_C:
+            time.sleep(0.3)
         os.write(self._master, keys.encode())
 
     def wait_for(self, pattern: str, timeout: float = 30, after: int = 0) -> re.Match[str]:

@@ -9,9 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, cache_shapes
+from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, cache_shapes, decode_keys, decode_values
 from relax_llm.kernels.cache import Append
-from relax_llm.kernels.operators.cached import decode_keys, decode_values
 
 from ..tolerances import UNIT, assert_within
 from .bench import every_machine, launch, machines, random

@@ -9,9 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE
+from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, encode_keys, encode_values
 from relax_llm.kernels.attention import Attention
-from relax_llm.kernels.operators.cached import encode_keys, encode_values
 
 from ..tolerances import EXP, assert_within, reduction
 from .bench import HOST, every_machine, launch, machines, random

@@ -64,7 +64,8 @@ def test_a_format_has_the_bits_of_its_decoded_weights(
 ) -> None:
     """Pinned, so that activations are not rounded."""
     checkpoint = write_checkpoint(BY_NAME[name], tmp_path / name)
-    encoded = rl.Runner(rl.compile(checkpoint, weights=weights, target=target), selection="pinned")
+    artifact = rl.compile(checkpoint, weights=weights, target=target, kv_cache="f32")
+    encoded = rl.Runner(artifact, selection="pinned")
     _decoded(checkpoint, weights)
     exact = rl.Runner(rl.compile(checkpoint, weights="f32", target=target), selection="pinned")
     small, whole = (

@@ -8,17 +8,19 @@ from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from relax_llm.artifact.kv_cache import CACHE_DTYPES, TILE, cache_shapes
-from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.cache import Append
-from relax_llm.kernels.halves import to_bf16
-from relax_llm.kernels.layout import Layout
-from relax_llm.kernels.operators.cached import (
+from relax_llm.artifact.kv_cache import (
+    CACHE_DTYPES,
+    TILE,
+    cache_shapes,
     decode_keys,
     decode_values,
     encode_keys,
     encode_values,
 )
+from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.cache import Append
+from relax_llm.kernels.halves import to_bf16
+from relax_llm.kernels.layout import Layout
 from relax_llm.kernels.operators.operator import UNIT, Array, Expected, Mistake, Operand, Operator, Sizes
 from relax_llm.kernels.problem import tag
 

@@ -6,17 +6,19 @@ import numpy as np
 from tvm import te, tirx
 from tvm.tirx import PrimFunc
 
-from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, cache_shapes
-from relax_llm.kernels.attention import Attention
-from relax_llm.kernels.halves import from_bf16
-from relax_llm.kernels.layout import Layout
-from relax_llm.kernels.operators.cached import (
-    HALF_STEP,
+from relax_llm.artifact.kv_cache import (
+    CACHE_DTYPES,
+    GRANULE,
+    TILE,
+    cache_shapes,
     decode_keys,
     decode_values,
     encode_keys,
     encode_values,
 )
+from relax_llm.kernels.attention import Attention
+from relax_llm.kernels.halves import from_bf16
+from relax_llm.kernels.layout import Layout
 from relax_llm.kernels.operators.operator import (
     UNIT,
     Array,
@@ -29,6 +31,7 @@ from relax_llm.kernels.operators.operator import (
 )
 from relax_llm.kernels.problem import tag
 
+_HALF_STEP = 2.0**-8  # How far a number rounded to bf16 may be off, as a share of it.
 _HEAVY = 1e-12  # Softmax weights below it do not matter, nor does how far their scores are missed.
 
 
@@ -142,7 +145,7 @@ def expected(
     weights /= weights.sum(axis=-1, keepdims=True)
     right = np.einsum("bhst,bthd->bshd", weights, cached, optimize=True)
     heavy = np.where(visible & (weights > _HEAVY), scale, 0.0).max(axis=-1)  # [batch, heads, seq]
-    rounded = 0.0 if problem.cache == "f32" else HALF_STEP
+    rounded = 0.0 if problem.cache == "f32" else _HALF_STEP
     missed = np.expm1(2 * (UNIT * (summed(dim) + 2) + rounded) * heavy)
     relative = missed + 4 * UNIT * (2 + np.sqrt(kv_len / GRANULE)) + 2 * UNIT * summed(kv_len) + rounded
     magnitude = np.einsum("bhst,bthd->bshd", weights, np.abs(cached), optimize=True)
