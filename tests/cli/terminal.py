@@ -58,7 +58,7 @@ class Terminal:
         return _ESCAPES.sub("", self.raw).replace("\r\n", "\n")
 
     def press(self, keys: str) -> None:
-        """Type on the keyboard; Ctrl-C as long after a prompt as a person would need, when the program waits for keys."""
+        """Type on the keyboard; Ctrl-C as long after a prompt as a person needs, when the program waits for keys."""
         if keys == CTRL_C:
             time.sleep(0.3)
         os.write(self._master, keys.encode())
