@@ -109,9 +109,11 @@ def append(problem: Append, machine: Machine) -> PrimFunc:
         written = b.let("written", (kv_len + (TILE - 1)) // TILE - first_tile)
 
         def task(index: Expr) -> None:
-            pair = b.let("pair", index // written)  # of a sequence and a key head
-            tile = b.let("tile", first_tile + index % written)
-            sequence, head = b.let("sequence", pair // kv_heads), b.let("head", pair % kv_heads)
+            # Heads of a tile follow each other: of the tokens' rows each has a part, which is near the next one's.
+            of_sequence = b.let("of_sequence", index // kv_heads)
+            head = b.let("head", index - of_sequence * kv_heads)
+            sequence = b.let("sequence", of_sequence // written)
+            tile = b.let("tile", first_tile + (of_sequence - sequence * written))
             begin = b.let("begin", T.max(past, tile * TILE))
             end = b.let("end", T.min(kv_len, (tile + 1) * TILE))
             key = b.local((LANES * -(-dim // LANES),))
