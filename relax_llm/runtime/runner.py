@@ -23,6 +23,7 @@ from relax_llm.runtime.interface import Likeliest
 from relax_llm.runtime.interpreter import Interpreter
 from relax_llm.runtime.launch import LIMIT
 from relax_llm.runtime.limits import limits as machine_limits
+from relax_llm.runtime.pages import Pages
 from relax_llm.runtime.program import Program
 from relax_llm.runtime.recording.recorder import Recording, recorded
 from relax_llm.runtime.shadow import Beside, Shadow, through
@@ -90,6 +91,7 @@ class Runner:
         self._machine = vm.VirtualMachine(artifact.library)
         self._weights = vm.pack([vm.tensor(array) for array in artifact.weights(mapped=mapped)])
         self._functions = {name: self._machine[name] for name in manifest.functions}
+        self._pages = Pages()
         self._running = Lock()  # the virtual machine has one set of registers
         self._control = Control(artifact, self._machine, selection, self._running)
         self._tracer = Tracer(artifact, self._machine, self._control, self.limits)
@@ -116,7 +118,7 @@ class Runner:
         whole = isinstance(batch, int | np.integer) and not isinstance(batch, bool)
         if not whole or batch < 1:
             raise InputError(f"batch must be a positive whole number, not {batch!r}.")
-        return State(self.artifact.manifest.caches, int(batch), self.context_length)
+        return State(self.artifact.manifest.caches, int(batch), self.context_length, self._pages)
 
     def prefill(self, state: State, token_ids: TokenIds, output: Output = "last") -> Floats:
         """Append tokens to a state.

@@ -9,9 +9,10 @@ import numpy.typing as npt
 
 from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, cache_shapes
 from relax_llm.artifact.manifest import Cache
-from relax_llm.artifact.weights import aligned, dtype_of
+from relax_llm.artifact.weights import dtype_of
 from relax_llm.errors import ContextLengthError, InputError
 from relax_llm.runtime import vm
+from relax_llm.runtime.pages import Pages
 
 Array = npt.NDArray[Any]
 
@@ -24,8 +25,18 @@ class State:
         context_length: The most tokens it can hold.
     """
 
-    def __init__(self, caches: Sequence[Cache], batch: int, context_length: int) -> None:
-        """Make an empty state; memory is taken when tokens come."""
+    def __init__(
+        self, caches: Sequence[Cache], batch: int, context_length: int, pages: Pages | None = None
+    ) -> None:
+        """Make an empty state; memory is taken when tokens come.
+
+        Args:
+            caches: Of the model.
+            batch: Number of sequences.
+            context_length: The most tokens it can hold.
+            pages: Where memory comes from.
+        """
+        self._pages = pages or Pages()
         self.batch = batch
         self.context_length = context_length
         self._layers = tuple(caches)
@@ -100,7 +111,7 @@ class State:
 
     def fork(self) -> "State":
         """A copy that goes its own way; the original stays as it is."""
-        copy = State(self._layers, self.batch, self.context_length)
+        copy = State(self._layers, self.batch, self.context_length, self._pages)
         if self._capacity:
             copy._grow(self._capacity)
         for source, target in zip(self._arrays, copy._arrays, strict=True):
@@ -149,7 +160,7 @@ class State:
             for shape in cache_shapes(layer.format, self.batch, layer.kv_heads, tiles, layer.head_dim)
         ]
         ends = np.cumsum([0, *(math.prod(shape) * kind.itemsize for shape, kind in kinds)])
-        memory = aligned((int(ends[-1]),), "uint8")  # of all layers, for large pages
+        memory = self._pages.take(int(ends[-1]))  # of all layers, for large pages
         arrays = [
             memory[start:end].view(kind).reshape(shape)
             for start, end, (shape, kind) in zip(ends[:-1], ends[1:], kinds, strict=True)

@@ -13,7 +13,7 @@ from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, cache_shape
 from relax_llm.artifact.manifest import Cache
 from relax_llm.artifact.weights import aligned
 from relax_llm.errors import ContextLengthError, InputError
-from relax_llm.runtime import state as states
+from relax_llm.runtime import pages as blocks
 from relax_llm.runtime.state import State
 
 CACHES = (Cache("layers.0", 2, 6), Cache("layers.1", 1, 10))
@@ -259,7 +259,7 @@ def test_memory_comes_when_it_is_written(monkeypatch: pytest.MonkeyPatch) -> Non
         taken.append(made.nbytes)
         return made
 
-    monkeypatch.setattr(states, "aligned", counting)
+    monkeypatch.setattr(blocks, "aligned", counting)
     state = _state(context=131_072)
     assert taken == []
     _append(state, 10)
