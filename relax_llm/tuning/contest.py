@@ -101,17 +101,16 @@ class Findings:
         ]
 
     def measure(self, size: int, care: Care, deadline: Deadline, *, cold: bool = True) -> bool:
-        """Measure at M, unless that was done before, here or in an earlier process.
+        """Learn what kernels take at M: from an earlier process if it measured that, else by launching them.
 
         Returns:
-            Whether kernels were launched.
+            Whether this is new here.
         """
         if (size, cold) in self.samples:
             return False
         rivals = {rival.name: rival.digest for rival in self.rivals_at(size)}
         point = f"M={size} {'cold' if cold else 'warm'}"
         found = self._store.find(point, rivals)
-        launched = found is None
         if found is None:
             found = contend(list(rivals), self.contest.prepare(size, cold), care, deadline)
             self._store.keep(point, rivals, found)
@@ -120,7 +119,7 @@ class Findings:
         if cold:
             for name in found:
                 self._curves.pop(name, None)
-        return launched
+        return True
 
     def measured(self) -> list[int]:
         """The M that were measured with the weight from memory, ascending."""

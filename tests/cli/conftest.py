@@ -79,8 +79,13 @@ def without_tokenizer(copy_of_artifact: Path) -> Path:
 
 @pytest.fixture
 def endless(copy_of_artifact: Path) -> Path:
-    """The artifact of a model whose context is never full."""
-    return edit_manifest(copy_of_artifact, lambda manifest: manifest.update(context_length=1 << 20))
+    """The artifact of a model whose context is never full, and that knows no token to end an answer."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["context_length"] = 1 << 20
+        manifest["generation_config"]["eos_token_id"] = []
+
+    return edit_manifest(copy_of_artifact, change)
 
 
 def edit_manifest(artifact: Path, change: Callable[[dict[str, Any]], None]) -> Path:

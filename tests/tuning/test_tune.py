@@ -189,15 +189,17 @@ def test_an_interrupt_keeps_what_was_measured(checkpoint: Path) -> None:
     points: list[str] = []
 
     class Impatient:
-        left = 7
+        """Loses its patience at the end of the seventh point that was measured."""
+
+        def __init__(self) -> None:
+            self.limit = len(points) + 7
 
         @contextmanager
         def task(self, name: str, total: int) -> Iterator[Advance]:
-            yield (lambda _: self._point()) if name == "Measuring" else lambda _: None
+            yield self._point if name == "Measuring" else lambda _: None
 
-        def _point(self) -> None:
-            self.left -= 1
-            if self.left == 0:
+        def _point(self, _: int) -> None:
+            if len(points) == self.limit:
                 raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:

@@ -101,7 +101,7 @@ class Recording:
             kept.append(operand.value.copy() if operand.role in ("activation", "cache") else None)
         launch.run()
         arguments = [
-            self._after(f"{where}.{one.name}", one, operand.value, before)
+            self._after(f"{where}.{one.name}", one, operand.value, before, launch.operator)
             for one, operand, before in zip(taken, launch.arguments, kept, strict=True)
         ]
         self.launches.append(
@@ -161,8 +161,10 @@ class Recording:
         held = self._writer.put(f"weight.{operand.name}", array) if self._by_value else ""
         return Taken(*common, before=held, weight=operand.name, digest=self._digests[operand.name])
 
-    def _after(self, place: str, one: Taken, value: Any, before: Array | None) -> Taken:
-        if one.role == "output" or (before is not None and value.tobytes() != before.tobytes()):
+    def _after(self, place: str, one: Taken, value: Any, before: Array | None, operator: str) -> Taken:
+        """What a launch has written; a cache that grew, even if memory used before held the same already."""
+        written = one.role == "output" or (one.role == "cache" and operator == "append")
+        if written or (before is not None and value.tobytes() != before.tobytes()):
             fields = {**vars(one), "after": self._writer.put(f"{place}.after", value)}
             return Taken(**fields)
         return one
