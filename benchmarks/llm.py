@@ -30,6 +30,7 @@ from benchmarks.peers import ENGINES, OURS
 from benchmarks.report import Figures, Report, to_json
 from benchmarks.turns import DECODED, Case, Seat, Unavailable, Worker
 from relax_llm import cpu
+from relax_llm.artifact.costs import products_of
 from relax_llm.artifact.formulas import evaluate
 from relax_llm.artifact.manifest import Launch, Manifest
 from relax_llm.errors import RelaxLLMError
@@ -177,14 +178,14 @@ def seats_of(names: Iterable[str], weights: str) -> tuple[list[Seat], dict[str, 
 def least_seconds(manifest: Manifest, case: Case, limits: Limits) -> float:
     """The time that one call takes at least: of its flops or of its bytes, whichever is longer.
 
-    Products with weights of bf16 and of integers are counted at the speed of the vector instructions for these, where
-    there are such.
+    Products that may be computed in bf16 or in integers are counted at the speed of the vector instructions for these,
+    where there are such.
     """
-    products = {"bf16": limits.bf16, "q8": limits.int8, "q4": limits.int8, "q4s": limits.int8}
+    rates = {"bf16": limits.bf16, "int8": limits.int8}
     seconds = moved = 0.0
     for launch in manifest.functions[case.function]:
         kernel, sizes = manifest.kernels[launch.kernel], _sizes_of(launch, case.sizes())
-        rate = products.get(kernel.problem.get("weight_format", ""), 0) or limits.flops
+        rate = rates.get(products_of(kernel), 0) or limits.flops
         seconds += evaluate(kernel.flops, sizes) / rate
         moved += evaluate(kernel.bytes, sizes)
     return max(seconds, moved / limits.bytes)

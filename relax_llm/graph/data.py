@@ -123,7 +123,7 @@ def times(graph: Graph, trace: Trace) -> list[dict[str, Any] | None]:
 def _time(launches: Sequence[TracedLaunch], trace: Trace) -> dict[str, Any]:
     seconds = sum(launch.duration for launch in launches)
     flops, moved = sum(launch.flops for launch in launches), sum(launch.bytes for launch in launches)
-    least = sum(trace.limits.seconds(launch.flops, launch.bytes) for launch in launches)
+    least = sum(trace.limits.seconds(launch.flops, launch.bytes, launch.products) for launch in launches)
     served: Mapping[str, int] = Counter(launch.kernel for launch in launches)
     return {
         "launches": len(launches),

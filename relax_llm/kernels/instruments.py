@@ -1,19 +1,25 @@
-"""Functions that every library carries and no model calls: a clock, and two loops that find what a machine can do.
+"""Functions that every library carries and no model calls: a clock, and loops that find what a machine can do.
 
 A runtime without a compiler measures with them. They are compiled for the same processor as the kernels beside them,
 run on the same threads, and so say what those could reach.
 """
 
 import operator
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import reduce
 
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from relax_llm.kernels import builder as b
+from relax_llm.kernels.intrinsics import BF16, INT8, dot_bf16, dot_int8, imported
 from relax_llm.kernels.machine import LANES, Machine
 
-CLOCK, MULTIPLY_ADD, READ = "relax_llm_clock", "relax_llm_multiply_add", "relax_llm_read"
+CLOCK, READ = "relax_llm_clock", "relax_llm_read"
+MULTIPLY_ADD, MULTIPLY_BF16, MULTIPLY_INT8 = (
+    f"relax_llm_multiply_add{suffix}" for suffix in ("", "_bf16", "_int8")
+)
 
 _SUMS = 8
 """Vectors that reading adds at once, so that it does not wait for the last addition."""
@@ -24,7 +30,12 @@ _AHEAD = 64 * LANES
 
 def instruments(machine: Machine) -> dict[str, PrimFunc]:
     """The functions for a processor, by symbol."""
-    return {CLOCK: clock(), MULTIPLY_ADD: multiply_add(machine), READ: read()}
+    found = {CLOCK: clock(), MULTIPLY_ADD: multiply_add(machine), READ: read()}
+    if machine.features >= BF16:
+        found[MULTIPLY_BF16] = multiply_bf16(machine)
+    if machine.features >= INT8:
+        found[MULTIPLY_INT8] = multiply_int8(machine)
+    return found
 
 
 def clock() -> PrimFunc:
@@ -54,27 +65,65 @@ def multiply_add(machine: Machine) -> PrimFunc:
     Each task does `count` multiply-adds of `LANES` elements, or fewer by less than one for each of its sums. `half` is
     0.5, so that sums converge to 1, far from denormals; LLVM does not know it, and cannot work the sums out.
     """
+    return _loop(MULTIPLY_ADD, machine, "float32", "float32", lambda total, factor: total * factor + factor)
+
+
+def multiply_bf16(machine: Machine) -> PrimFunc:
+    """The same with products of pairs of bf16, twice as many in a vector.
+
+    ::
+
+        relax_llm_multiply_add_bf16(half: int32 [tasks, LANES], count, out: f32 [tasks, LANES])
+    """
+
+    def step(total: b.Expr, pairs: b.Expr) -> b.Expr:
+        return dot_bf16(total, pairs, pairs)
+
+    return _loop(MULTIPLY_BF16, machine, "int32", "float32", step)
+
+
+def multiply_int8(machine: Machine) -> PrimFunc:
+    """The same with products of bytes, four times as many in a vector.
+
+    ::
+
+        relax_llm_multiply_add_int8(ones: int32 [tasks, LANES], count, out: int32 [tasks, LANES])
+    """
+
+    def step(total: b.Expr, quads: b.Expr) -> b.Expr:
+        return dot_int8(total, quads, quads)
+
+    return _loop(MULTIPLY_INT8, machine, "int32", "int32", step)
+
+
+def _loop(
+    name: str, machine: Machine, factors: str, results: str, step: Callable[[b.Expr, b.Expr], b.Expr]
+) -> PrimFunc:
+    """A loop of steps in registers, each from a sum and the factor."""
     sums = machine.accumulators
 
     def emit() -> None:
         tasks = b.size("tasks")
-        half = b.argument("half", (tasks, LANES))
+        half = b.argument("half", (tasks, LANES), factors)
         count = b.scalar("count")
-        out = b.argument("out", (tasks, LANES))
+        out = b.argument("out", (tasks, LANES), results)
 
         def work(task: b.Expr) -> None:
-            registers = b.Registers(1, [(index * LANES, LANES) for index in range(sums)])
+            registers = b.Registers(1, [(index * LANES, LANES) for index in range(sums)], results)
             factor = b.let("factor", b.load(half, task, 0))
             for _, index, _, _ in registers:
-                registers.set(0, index, factor * b.splat(float(index)))
-            with T.serial(T.truncdiv(count, T.int64(sums))):
+                registers.set(0, index, T.broadcast(T.cast(index, results), LANES))
+            with (
+                imported() if name == MULTIPLY_BF16 else nullcontext(),
+                T.serial(T.truncdiv(count, T.int64(sums))),
+            ):
                 for _, index, _, _ in registers:
-                    registers.set(0, index, registers.get(0, index) * factor + factor)
+                    registers.set(0, index, step(registers.get(0, index), factor))
             b.store(out, _total(registers), task, 0)
 
         b.tasks(tasks, work)
 
-    return b.prim_func(MULTIPLY_ADD, emit)
+    return b.prim_func(name, emit)
 
 
 def read() -> PrimFunc:

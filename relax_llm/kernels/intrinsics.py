@@ -15,6 +15,9 @@ from relax_llm.kernels.machine import LANES
 BF16 = frozenset({"avx512_bf16"})
 """What a processor needs for the instructions over bf16."""
 
+INT8 = frozenset({"avx512_vnni"})
+"""What it needs for those over bytes."""
+
 _DOT, _ROUND = "relax_llm_dot_bf16", "relax_llm_round_bf16"
 
 _LLVM = f"""
@@ -52,6 +55,24 @@ def dot_bf16(total: Expr, one: Expr, other: Expr) -> Expr:
         other: As many others.
     """
     return T.call_pure_extern(f"float32x{LANES}", _DOT, total, one, other)
+
+
+def dot_int8(total: Expr, unsigned: Expr, signed: Expr) -> Expr:
+    """In each of 16 lanes: total plus the four products of unsigned bytes with signed ones in two words.
+
+    Args:
+        total: int32x16.
+        unsigned: 16 words.
+        signed: As many others.
+    """
+    quads = f"int8x{4 * LANES}"
+    return T.call_llvm_pure_intrin(
+        f"int32x{LANES}",
+        "llvm.x86.avx512.vpdpbusd.512",
+        total,
+        T.reinterpret(quads, unsigned),
+        T.reinterpret(quads, signed),
+    )
 
 
 def round_bf16(low: Expr, high: Expr) -> Expr:

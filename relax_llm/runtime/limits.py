@@ -1,10 +1,11 @@
-"""What this machine can do at most, measured by two loops that every library carries, and remembered."""
+"""What this machine can do at most, measured by loops that every library carries, and remembered."""
 
 import json
 import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from relax_llm.runtime import vm
 from relax_llm.tracing.limits import Limits
 
 MULTIPLY_ADD, READ = "relax_llm_multiply_add", "relax_llm_read"
+MULTIPLY_BF16, MULTIPLY_INT8 = "relax_llm_multiply_add_bf16", "relax_llm_multiply_add_int8"
 
 _LANES = 16
 _ALIGNMENT = 64  # bytes, which generated code counts on
@@ -47,7 +49,7 @@ def limits(machine: vm.VirtualMachine, manifest: Manifest, *, anew: bool = False
         return known[key]
     found = measure(machine, threads)
     if key in known:  # the better of the two: what else ran takes away, and never adds
-        found = Limits(max(found.flops, known[key].flops), max(found.bytes, known[key].bytes))
+        found = found.better(known[key])
     known[key] = found
     with suppress(OSError):  # it is measured again next time
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -59,19 +61,30 @@ def limits(machine: vm.VirtualMachine, manifest: Manifest, *, anew: bool = False
 
 def measure(machine: vm.VirtualMachine, threads: int) -> Limits:
     """Measure, on all threads that kernels use; the fastest of some repetitions counts."""
-    multiply_add, read = machine.kernel(MULTIPLY_ADD), machine.kernel(READ)
-    half, sums = _filled((threads, _LANES), 0.5), _filled((threads, _LANES), 0.0)
-    out = vm.tensor(sums)
-    factors = vm.tensor(half)
+    read = machine.kernel(READ)
+    flops = _operations(machine, MULTIPLY_ADD, threads, np.float32(0.5), "float32", 1)
+    bf16 = _operations(machine, MULTIPLY_BF16, threads, np.int32(0x3F003F00), "float32", 2)  # a half, twice
+    int8 = _operations(machine, MULTIPLY_INT8, threads, np.int32(0x01010101), "int32", 4)
+    elements = _MEMORY // 4 // threads // _LINE_OF_SUMS * _LINE_OF_SUMS
+    memory = _filled((threads, elements), np.float32(1))
+    block, out = vm.tensor(memory), vm.tensor(_filled((threads, _LANES), np.float32(0)))
+    return Limits(flops, memory.nbytes / _fastest(lambda: read(block, out)), bf16, int8)
+
+
+def _operations(
+    machine: vm.VirtualMachine, loop: str, threads: int, factor: Any, result: str, products: int
+) -> float:
+    """Operations in a second of a loop with some products in each lane; 0 where the library does not have it."""
+    if not machine.has_kernel(loop):
+        return 0.0
+    multiply_add = machine.kernel(loop)
+    factors = vm.tensor(_filled((threads, _LANES), factor))
+    out = vm.tensor(_filled((threads, _LANES), np.dtype(result).type(0)))
     count = _COUNT
     seconds = _fastest(lambda: multiply_add(factors, count, out))
     count = max(count, int(count * _SECONDS / seconds))
     seconds = _fastest(lambda: multiply_add(factors, count, out))
-    flops = 2 * count * _LANES * threads / seconds
-    elements = _MEMORY // 4 // threads // _LINE_OF_SUMS * _LINE_OF_SUMS
-    memory = _filled((threads, elements), 1.0)
-    block = vm.tensor(memory)
-    return Limits(flops, memory.nbytes / _fastest(lambda: read(block, out)))
+    return 2 * products * count * _LANES * threads / seconds
 
 
 def _fastest(work: Callable[[], Any]) -> float:
@@ -83,10 +96,10 @@ def _fastest(work: Callable[[], Any]) -> float:
     return best
 
 
-def _filled(shape: tuple[int, int], value: float) -> npt.NDArray[np.float32]:
-    """An array that begins where generated code may assume that it does."""
+def _filled(shape: tuple[int, int], value: Any) -> npt.NDArray[Any]:
+    """An array of four-byte elements that begins where generated code may assume that it does."""
     size = shape[0] * shape[1]
-    raw = np.empty(size + _ALIGNMENT // 4, np.float32)
+    raw = np.empty(size + _ALIGNMENT // 4, value.dtype)
     start = -raw.ctypes.data % _ALIGNMENT // 4
     array = raw[start : start + size].reshape(shape)
     array[...] = value
@@ -96,6 +109,7 @@ def _filled(shape: tuple[int, int], value: float) -> npt.NDArray[np.float32]:
 def _remembered(file: Path) -> dict[str, Limits]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-        return {name: Limits(float(one["flops"]), float(one["bytes"])) for name, one in data.items()}
+        names = [field.name for field in fields(Limits)]
+        return {key: Limits(*(float(one[name]) for name in names)) for key, one in data.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # what is not there is measured
         return {}

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relax_llm.artifact.artifact import Artifact
-from relax_llm.artifact.costs import own_sizes
+from relax_llm.artifact.costs import own_sizes, products_of
 from relax_llm.artifact.formulas import evaluate
 from relax_llm.errors import ArtifactError
 from relax_llm.plan.kernel import AXES
@@ -303,6 +303,7 @@ class _Run:
                 begun - origin,
                 ended - origin,
                 *costs[key],
+                products_of(kernel),
             )
 
 

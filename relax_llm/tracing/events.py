@@ -7,6 +7,7 @@ The format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def document(trace: Trace) -> dict[str, Any]:
     """A trace as the file has it."""
     return {
         "displayTimeUnit": "ns",
-        "otherData": {"producer": _PRODUCER, "flops": trace.limits.flops, "bytes": trace.limits.bytes},
+        "otherData": {"producer": _PRODUCER, **vars(trace.limits)},
         "traceEvents": list(_events(trace)),
     }
 
@@ -43,7 +44,7 @@ def read(path: str | os.PathLike[str]) -> Trace:
         if about["producer"] != _PRODUCER:
             raise ValueError(f"it was written by {about['producer']}")
         events = data["traceEvents"]
-        limits = Limits(float(about["flops"]), float(about["bytes"]))
+        limits = Limits(*(float(about[field.name]) for field in fields(Limits)))
         trace = Trace(limits, int(events[0]["pid"]) if events else None)
         names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
         launches: dict[int, list[TracedLaunch]] = {}
@@ -93,6 +94,7 @@ def _events(trace: Trace) -> Iterator[dict[str, Any]]:
                     **launch.sizes,
                     "flops": launch.flops,
                     "bytes": launch.bytes,
+                    "products": launch.products,
                     "GFLOP/s": round(launch.gflops, 3),
                     "GB/s": round(launch.gbytes, 3),
                     "% of limit": round(100 * launch.share(trace.limits), 1),
@@ -120,7 +122,9 @@ def _call(
 
 def _launch(event: Mapping[str, Any]) -> TracedLaunch:
     said = event["args"]
-    texts = {name: str(said[name]) for name in ("function", "site", "operator", "kernel", "symbol")}
+    texts = {
+        name: str(said[name]) for name in ("function", "site", "operator", "kernel", "symbol", "products")
+    }
     sizes = {name: int(size) for name, size in said.items() if name in _SIZES}
     begun, ended = _times(event)
     return TracedLaunch(

@@ -12,29 +12,48 @@ class Limits:
     Attributes:
         flops: f32 operations in a second; a multiply-add counts as two.
         bytes: Bytes read from memory in a second.
+        bf16: Operations in a second of the instructions for products of bf16; 0 where there are none.
+        int8: Of those for products of bytes, likewise.
     """
 
     flops: float
     bytes: float
+    bf16: float = 0.0
+    int8: float = 0.0
 
-    def seconds(self, flops: float, moved: float) -> float:
+    def rate(self, products: str) -> float:
+        """Operations in a second for products of "f32", "bf16" or "int8"; f32 does what has no instruction."""
+        return {"bf16": self.bf16, "int8": self.int8}.get(products, 0.0) or self.flops
+
+    def seconds(self, flops: float, moved: float, products: str = "f32") -> float:
         """The least time for some arithmetic and some bytes: both go on at once."""
-        return max(flops / self.flops, moved / self.bytes)
+        return max(flops / self.rate(products), moved / self.bytes)
+
+    def better(self, other: "Limits") -> "Limits":
+        """The larger of each."""
+        return Limits(*map(max, vars(self).values(), vars(other).values()))
 
     def __str__(self) -> str:
-        return f"{self.flops / 1e9:.0f} GFLOP/s, {self.bytes / 1e9:.1f} GB/s"
+        more = "".join(
+            f", {rate / 1e9:.0f} in {name}"
+            for name, rate in (("bf16", self.bf16), ("int8", self.int8))
+            if rate
+        )
+        return f"{self.flops / 1e9:.0f} GFLOP/s{more}, {self.bytes / 1e9:.1f} GB/s"
 
 
 def parse(text: str) -> Limits:
-    """The limits in a text such as "230,32": GFLOP/s and GB/s.
+    """The limits in a text such as "230,32": GFLOP/s and GB/s, and where there are, GFLOP/s in bf16 and int8.
 
     Raises:
         InputError: It is something else.
     """
     try:
-        flops, moved = (float(word) for word in text.split(","))
+        found = [float(word) * 1e9 for word in text.split(",")]
     except ValueError:
-        flops = moved = 0.0
-    if not (0 < flops < float("inf") and 0 < moved < float("inf")):
-        raise InputError(f"Limits are GFLOP/s and GB/s, such as 230,32, not {text!r}.")
-    return Limits(flops * 1e9, moved * 1e9)
+        found = []
+    if len(found) not in (2, 4) or not all(0 < one < float("inf") for one in found):
+        raise InputError(
+            f"Limits are GFLOP/s and GB/s, such as 230,32, not {text!r}; GFLOP/s in bf16 and in int8 may follow."
+        )
+    return Limits(*found)

@@ -66,7 +66,7 @@ def totals(trace: "Trace", what: Grouping) -> tuple[Total, ...]:
 
 def _total(trace: "Trace", names: tuple[str, ...], launches: Sequence["TracedLaunch"]) -> Total:
     seconds = sum(launch.duration for launch in launches)
-    least = sum(trace.limits.seconds(launch.flops, launch.bytes) for launch in launches)
+    least = sum(trace.limits.seconds(launch.flops, launch.bytes, launch.products) for launch in launches)
     return Total(
         names,
         len(launches),

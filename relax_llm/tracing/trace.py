@@ -28,6 +28,7 @@ class TracedLaunch:
         ended: Likewise.
         flops: Operations of arithmetic.
         bytes: Memory that it must at least move.
+        products: What its arithmetic may be in, by the problem: "f32", "bf16" or "int8".
     """
 
     function: str
@@ -41,6 +42,7 @@ class TracedLaunch:
     ended: int
     flops: float
     bytes: float
+    products: str = "f32"
 
     @property
     def start(self) -> float:
@@ -64,7 +66,9 @@ class TracedLaunch:
 
     def share(self, limits: Limits) -> float:
         """How much of what the machine can do this launch did; above 1 where the data came from a cache."""
-        return limits.seconds(self.flops, self.bytes) / (max(1, self.ended - self.begun) * _NANO)
+        return limits.seconds(self.flops, self.bytes, self.products) / (
+            max(1, self.ended - self.begun) * _NANO
+        )
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} = {size}" for name, size in self.sizes.items())

@@ -63,7 +63,7 @@ def test_layers_apart(call: Callable[..., Outcome], artifact: Path) -> None:
 def test_as_json(call: Callable[..., Outcome], artifact: Path) -> None:
     found = call("trace", artifact, "-p", "4, 5", "--ids", "-n", 2, "--json", *GIVEN).json
     assert found["prompt"] == [4, 5]
-    assert found["limits"] == {"flops": 100e9, "bytes": 10e9}
+    assert found["limits"] == {"flops": 100e9, "bytes": 10e9, "bf16": 0, "int8": 0}
     assert [one["function"] for one in found["calls"]] == ["prefill", "decode", "decode"]
     assert found["seconds"] == pytest.approx(sum(one["seconds"] for one in found["calls"]))
     assert found["outside_kernels"] == pytest.approx(sum(one["outside_kernels"] for one in found["calls"]))
@@ -95,7 +95,7 @@ def test_more_than_the_limit_is_worth_a_note(call: Callable[..., Outcome], artif
     [
         (["-n", "-1"], "--decodes is -1; it must be 0 or above."),
         (["-o", "nowhere/trace.json"], "cannot be written: there is no directory nowhere."),
-        (["--limits", "fast"], "Limits are GFLOP/s and GB/s, such as 230,32, not 'fast'."),
+        (["--limits", "fast"], "Limits are GFLOP/s and GB/s, such as 230,32, not 'fast'"),
         (["--ids", "-p", "one two"], "With --ids the prompt must be token ids"),
         (["-p", ""], "The prompt is empty; give some text."),
         (["-n", "256"], "and 256 more do not fit into a context of 256."),

@@ -12,6 +12,8 @@ from relax_llm.errors import InputError
 from relax_llm.runtime import limits
 from relax_llm.tracing.limits import Limits, parse
 
+from ..machines import PLAINER
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -49,6 +51,7 @@ def test_measured(llama: rl.Runner, file: Path, monkeypatch: pytest.MonkeyPatch)
     found = llama.limits()
     assert 1e8 < found.flops < 1e14, "between a microcontroller and a data center"
     assert 1e8 < found.bytes < 1e13
+    assert found.bf16 == found.int8 == 0 or not PLAINER, "the library has no instructions for these"
     assert [Limits(**one) for one in json.loads(file.read_text()).values()] == [found]
 
 
@@ -99,10 +102,19 @@ def test_each_machine_has_its_own(
     assert len(json.loads(file.read_text())) == 2
 
 
+def test_products_have_limits_of_their_own() -> None:
+    both = Limits(1e9, 1e9, bf16=2e9, int8=4e9)
+    assert [both.seconds(8e9, 1e9, products) for products in ("f32", "bf16", "int8")] == [8, 4, 2]
+    assert Limits(1e9, 1e9).seconds(8e9, 1e9, "int8") == 8, "without an instruction, what f32 can do"
+    assert both.better(Limits(2e9, 5e8, int8=1e9)) == Limits(2e9, 1e9, bf16=2e9, int8=4e9)
+
+
 def test_given() -> None:
     assert parse("230,32.5") == Limits(230e9, 32.5e9)
     assert str(parse("230,32.5")) == "230 GFLOP/s, 32.5 GB/s"
     assert parse("100,10").seconds(1e9, 1e9) == 0.1
-    for text in ("", "230", "230,32,1", "a,b", "0,1", "1,-1", "nan,1", "inf,1"):
+    assert parse("230,32,460,920") == Limits(230e9, 32e9, bf16=460e9, int8=920e9)
+    assert str(parse("230,32,460,920")) == "230 GFLOP/s, 460 in bf16, 920 in int8, 32.0 GB/s"
+    for text in ("", "230", "230,32,1", "230,32,1,0", "a,b", "0,1", "1,-1", "nan,1", "inf,1"):
         with pytest.raises(InputError, match="Limits are GFLOP/s and GB/s, such as 230,32, not"):
             parse(text)

@@ -94,6 +94,7 @@ def test_the_format() -> None:
             "M": 1,
             "flops": 1000.0,
             "bytes": 200.0,
+            "products": "f32",
             "GFLOP/s": round(1000 / 2007, 3),
             "GB/s": round(200 / 2007, 3),
             "% of limit": round(100 * 20 / 2007, 1),  # memory: 200 bytes at 10 GB/s
@@ -164,9 +165,9 @@ def test_calls_of_several_threads_at_once(tmp_path: Path) -> None:
         "\x00\xff",
         '{"traceEvents": []}',
         '{"traceEvents": [], "otherData": {"producer": "chrome"}}',
-        '{"traceEvents": [{"ph": "X"}], "otherData": {"producer": "relax-llm", "flops": 1, "bytes": 1}}',
-        '{"traceEvents": 3, "otherData": {"producer": "relax-llm", "flops": 1, "bytes": 1}}',
-        '{"traceEvents": [], "otherData": {"producer": "relax-llm", "flops": "x", "bytes": 1}}',
+        '{"traceEvents": [{"ph": "X"}], "otherData": {"producer": "relax-llm", "flops": 1, "bytes": 1, "bf16": 0, "int8": 0}}',
+        '{"traceEvents": 3, "otherData": {"producer": "relax-llm", "flops": 1, "bytes": 1, "bf16": 0, "int8": 0}}',
+        '{"traceEvents": [], "otherData": {"producer": "relax-llm", "flops": "x", "bytes": 1, "bf16": 0, "int8": 0}}',
     ],
 )
 def test_files_that_are_none(tmp_path: Path, text: str) -> None:

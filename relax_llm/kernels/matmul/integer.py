@@ -13,6 +13,7 @@ from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.halves import from_f16
 from relax_llm.kernels.inner import inner, memory, number, pointer
+from relax_llm.kernels.intrinsics import INT8, dot_int8
 from relax_llm.kernels.layout import TiledGroups
 from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.matmul.operands import Operands, Sums, write
@@ -20,7 +21,7 @@ from relax_llm.kernels.matmul.problem import Matmul
 from relax_llm.kernels.matmul.quantize import BESIDE, GROUP, PLANES, QUADS, quantize
 from relax_llm.plan.kernel import Declined
 
-FEATURES = frozenset({"avx512_vnni"})
+FEATURES = INT8
 """What the kernel needs of a processor."""
 
 FORMATS_READ = frozenset(name for name, format in FORMATS.items() if isinstance(format, Blocks))
@@ -238,19 +239,9 @@ def _add_group(
         for quad, weights in vectors:
             for row, start in enumerate(first):
                 four = quads[start + quad]
-                products.set(row, index, _dot(products.get(row, index), weights, T.broadcast(four, LANES)))
-
-
-def _dot(total: Expr, weights: Expr, activations: Expr) -> Expr:
-    """Each lane's total, and the four products of unsigned bytes and signed ones in it."""
-    signed = f"int8x{4 * LANES}"
-    return T.call_llvm_pure_intrin(
-        f"int32x{LANES}",
-        "llvm.x86.avx512.vpdpbusd.512",
-        total,
-        T.reinterpret(signed, weights),
-        T.reinterpret(signed, activations),
-    )
+                products.set(
+                    row, index, dot_int8(products.get(row, index), weights, T.broadcast(four, LANES))
+                )
 
 
 def integer_cost(planes: int) -> Callable[[Matmul, Mapping[str, int]], float]:
