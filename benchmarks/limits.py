@@ -7,27 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from relax_llm.tracing import limits
+
 SOURCE = Path(__file__).with_name("limits.c")
 OPTIONS = ("-O3", "-march=native", "-ffp-contract=fast", "-pthread")
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(limits.Limits):
     """The most that some threads can do together.
 
     Attributes:
-        flops: f32 operations in a second; a multiply-add counts as two.
-        bytes: Bytes read from memory in a second.
-        bf16: Operations of the vector instructions for products of bf16; 0 where there are none.
-        int8: Of those for products of bytes.
-        bf16_tiles: Of the instructions for products of whole tiles (AMX), in bf16;
+        bf16_tiles: Operations of the instructions for products of whole tiles (AMX), in bf16;
         int8_tiles: and in bytes.
     """
 
-    flops: float
-    bytes: float
-    bf16: float = 0
-    int8: float = 0
     bf16_tiles: float = 0
     int8_tiles: float = 0
 

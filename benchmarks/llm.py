@@ -30,11 +30,9 @@ from benchmarks.peers import ENGINES, OURS
 from benchmarks.report import Figures, Report, to_json
 from benchmarks.turns import DECODED, Case, Seat, Unavailable, Worker
 from relax_llm import cpu
-from relax_llm.artifact.costs import products_of
-from relax_llm.artifact.formulas import evaluate
-from relax_llm.artifact.manifest import Launch, Manifest
 from relax_llm.errors import RelaxLLMError
 from relax_llm.places import cache_directory
+from relax_llm.tracing.least import least_seconds
 
 CASES = tuple(map(Case.parse, ("pp16", "pp64", "pp256", "pp1024", "tg32", "tg1024")))
 
@@ -84,7 +82,12 @@ def measure(options: argparse.Namespace, weights: str, program: LimitsProgram) -
         weights,
         cases,
         limits,
-        {case: [least_seconds(manifest, case, found) / case.tokens for found in limits] for case in cases},
+        {
+            case: [
+                least_seconds(manifest, case.function, case.sizes(), found) / case.tokens for found in limits
+            ]
+            for case in cases
+        },
         table.figures,
         [seat.name for seat in seats if seat.name in table.figures and seat.name.startswith(OURS.NAME)],
         missing,
@@ -173,28 +176,6 @@ def seats_of(names: Iterable[str], weights: str) -> tuple[list[Seat], dict[str, 
         except Unavailable as error:
             missing[engine.NAME] = f"{error}; pip install 'relax-llm[bench]'"
     return seats, missing
-
-
-def least_seconds(manifest: Manifest, case: Case, limits: Limits) -> float:
-    """The time that one call takes at least: of its flops or of its bytes, whichever is longer.
-
-    Products that may be computed in bf16 or in integers are counted at the speed of the vector instructions for these,
-    where there are such.
-    """
-    rates = {"bf16": limits.bf16, "int8": limits.int8}
-    seconds = moved = 0.0
-    for launch in manifest.functions[case.function]:
-        kernel, sizes = manifest.kernels[launch.kernel], _sizes_of(launch, case.sizes())
-        rate = rates.get(products_of(kernel), 0) or limits.flops
-        seconds += evaluate(kernel.flops, sizes) / rate
-        moved += evaluate(kernel.bytes, sizes)
-    return max(seconds, moved / limits.bytes)
-
-
-def _sizes_of(launch: Launch, sizes: dict[str, int]) -> dict[str, int]:
-    """The sizes of one launch: after a prompt, the head sees one token."""
-    output = launch.arguments[-1].shape
-    return {**sizes, "seq": 1} if len(output) == 3 and output[1] == "1" else sizes
 
 
 def _options() -> argparse.Namespace:

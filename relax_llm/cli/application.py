@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from relax_llm.cli import screen
+from relax_llm.cli.bench import bench
 from relax_llm.cli.bisect import bisect
 from relax_llm.cli.chat import chat
 from relax_llm.cli.compare import compare
@@ -78,6 +79,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "step": step,
     "trace": trace,
+    "bench": bench,
     "tune": tune,
     "record": record,
     "replay": replay,

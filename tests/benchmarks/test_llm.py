@@ -17,11 +17,12 @@ import pytest
 import relax_llm as rl
 from benchmarks.chart import chart
 from benchmarks.limits import Limits, LimitsProgram
-from benchmarks.llm import least_seconds, seats_of
+from benchmarks.llm import seats_of
 from benchmarks.models import Forms, gguf_letter, write_gguf, write_huggingface
 from benchmarks.peers import ENGINES, OURS
 from benchmarks.report import Figures, Report, to_json
 from benchmarks.turns import DECODED, Case, Seat, Unavailable, Worker
+from relax_llm.tracing.least import least_seconds
 
 from . import engines
 
@@ -43,7 +44,9 @@ def test_the_least_time_of_a_prompt_is_that_of_its_multiplications(manifest: Man
     layers = 30 * (576 * 960 + 576 * 576 + 3 * 576 * 1536)
     flops = 2 * (1024 * layers + 576 * 49152)
     attention = 30 * 4 * 576 * 1024 * 1025 / 2
-    seconds = least_seconds(manifest, Case("prefill", 1024), Limits(flops=1.0, bytes=UNLIMITED))
+    seconds = least_seconds(
+        manifest, "prefill", Case("prefill", 1024).sizes(), Limits(flops=1.0, bytes=UNLIMITED)
+    )
     assert flops + attention < seconds < 1.01 * (flops + attention)
 
 
@@ -51,7 +54,9 @@ def test_the_least_time_of_a_prompt_is_that_of_its_multiplications(manifest: Man
 def test_the_least_time_of_a_token_is_that_of_its_weights(manifest: Manifest) -> None:
     parameters = 134_515_008
     cache = 30 * 2 * 192 * (33 + DECODED // 2)
-    seconds = least_seconds(manifest, Case("decode", 32), Limits(flops=UNLIMITED, bytes=1.0))
+    seconds = least_seconds(
+        manifest, "decode", Case("decode", 32).sizes(), Limits(flops=UNLIMITED, bytes=1.0)
+    )
     assert 4 * (parameters + cache) < seconds < 4.08 * (parameters + cache)
 
 

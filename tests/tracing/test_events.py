@@ -21,6 +21,8 @@ PHASES = "BEXiICbneNODMVvsStfPpRcC(),"
 
 METADATA = {"process_name", "process_labels", "process_sort_index", "thread_name", "thread_sort_index"}
 
+OTHER = '"producer": "relax-llm", "bytes": 1, "bf16": 0, "int8": 0'
+
 TOP = {"traceEvents", "displayTimeUnit", "systemTraceEvents", "otherData", "stackFrames", "samples"}
 
 
@@ -165,9 +167,9 @@ def test_calls_of_several_threads_at_once(tmp_path: Path) -> None:
         "\x00\xff",
         '{"traceEvents": []}',
         '{"traceEvents": [], "otherData": {"producer": "chrome"}}',
-        '{"traceEvents": [{"ph": "X"}], "otherData": {"producer": "relax-llm", "flops": 1, "bytes": 1, "bf16": 0, "int8": 0}}',
-        '{"traceEvents": 3, "otherData": {"producer": "relax-llm", "flops": 1, "bytes": 1, "bf16": 0, "int8": 0}}',
-        '{"traceEvents": [], "otherData": {"producer": "relax-llm", "flops": "x", "bytes": 1, "bf16": 0, "int8": 0}}',
+        f'{{"traceEvents": [{{"ph": "X"}}], "otherData": {{{OTHER}, "flops": 1}}}}',
+        f'{{"traceEvents": 3, "otherData": {{{OTHER}, "flops": 1}}}}',
+        f'{{"traceEvents": [], "otherData": {{{OTHER}, "flops": "x"}}}}',
     ],
 )
 def test_files_that_are_none(tmp_path: Path, text: str) -> None:

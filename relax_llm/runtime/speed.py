@@ -1,0 +1,178 @@
+"""How fast a model is: prompts of some lengths, and tokens decoded behind them, beside what the machine can do."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from relax_llm.errors import ContextLengthError, InputError
+from relax_llm.progress import Progress, Silent
+from relax_llm.table import Table, html
+from relax_llm.tracing.least import least_seconds
+from relax_llm.tracing.limits import Limits
+
+if TYPE_CHECKING:
+    from relax_llm.runtime.runner import Runner
+
+LENGTHS = (16, 64, 256, 1024)
+DECODES = 16
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured at one length of the prompt.
+
+    Attributes:
+        length: Tokens of the prompt.
+        prefill: Seconds from the prompt to the first token, in each round.
+        decode: Seconds of a token behind it, in each round; empty where none was decoded.
+        least_prefill: Seconds that the machine would take for the prompt at best.
+        least_decode: Likewise for a token behind it.
+    """
+
+    length: int
+    prefill: tuple[float, ...]
+    decode: tuple[float, ...]
+    least_prefill: float
+    least_decode: float
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens of the prompt in a second, the median."""
+        return self.length / median(self.prefill)
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens decoded in a second, the median."""
+        return 1 / median(self.decode)
+
+
+class Speeds(tuple[Speed, ...]):
+    """Speeds by length, which show themselves as a table.
+
+    Attributes:
+        limits: What the machine can do.
+    """
+
+    limits: Limits
+
+    @staticmethod
+    def of(found: Sequence[Speed], limits: Limits) -> "Speeds":
+        """Some speeds, and the limits that they are compared with."""
+        made = Speeds(found)
+        made.limits = limits
+        return made
+
+    @property
+    def headline(self) -> str:
+        """How often it was measured, and what the machine can do."""
+        rounds = len(self[0].prefill)
+        times = "Measured once" if rounds == 1 else f"Medians of {rounds} rounds"
+        return f"{times}, in tokens a second. This machine can do {self.limits}."
+
+    def table(self) -> Table:
+        """One row for each length."""
+        rows = [
+            (
+                str(speed.length),
+                f"{median(speed.prefill) * 1e3:.2f}",
+                f"{speed.prefill_rate:.0f}",
+                f"{speed.least_prefill / median(speed.prefill):.0%}",
+                *(
+                    (
+                        f"{median(speed.decode) * 1e3:.2f}",
+                        f"{speed.decode_rate:.1f}",
+                        f"{speed.least_decode / median(speed.decode):.0%}",
+                    )
+                    if speed.decode
+                    else ("", "", "")
+                ),
+            )
+            for speed in self
+        ]
+        header = ("prompt", "ms", "tokens/s", "of limit", "decode ms", "tokens/s", "of limit")
+        return Table(header, rows, frozenset(range(len(header))))
+
+    def __str__(self) -> str:
+        return f"{self.headline}\n\n{self.table()}"
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return html(self.headline, [self.table()])
+
+
+def measure(
+    runner: "Runner",
+    lengths: Sequence[int] = LENGTHS,
+    *,
+    decodes: int = DECODES,
+    rounds: int = 5,
+    limits: Limits | None = None,
+    progress: Progress | None = None,
+) -> Speeds:
+    """Run prompts of random tokens, decode the likeliest ones behind each, and take the times, as `stream` gives them.
+
+    Every length has its turn in each round, so that what else the machine does meets all of them. A round before the
+    first, which warms up, does not count.
+
+    Args:
+        runner: Of the model.
+        lengths: Tokens of the prompts.
+        decodes: Tokens decoded behind each; their mean is what counts.
+        rounds: How often.
+        limits: What the machine can do; by default `runner.limits()`.
+        progress: Where to report to.
+
+    Raises:
+        InputError: A number is below 1 (`decodes`: below 0), or there is no length.
+        ContextLengthError: A length and the tokens behind it do not fit into the context.
+    """
+    if not lengths or min(lengths) < 1 or rounds < 1 or decodes < 0:
+        raise InputError(
+            "Lengths and rounds must be 1 or above, and the tokens decoded behind them 0 or above."
+        )
+    if max(lengths) + decodes > runner.context_length:
+        raise ContextLengthError(
+            f"{max(lengths)} tokens and {decodes} more do not fit into a context of {runner.context_length}."
+        )
+    chosen = runner.limits() if limits is None else limits
+    random = np.random.default_rng(0)
+    taken: dict[int, tuple[list[float], list[float]]] = {length: ([], []) for length in lengths}
+    with (progress or Silent()).task("Measuring", (rounds + 1) * len(taken)) as advance:
+        for number in range(rounds + 1):
+            for length, (prefill, decode) in taken.items():
+                first, rest = _answer(runner, random.integers(0, runner.vocab_size, length).tolist(), decodes)
+                if number:
+                    prefill.append(first)
+                    decode += [rest / decodes] if decodes else []
+                advance(1)
+    manifest = runner.artifact.manifest
+    found = []
+    for length, (prefill, decode) in taken.items():
+        prompt = {"batch": 1, "seq": length, "kv_len": length}
+        token = {"batch": 1, "seq": 1, "kv_len": length + (decodes + 1) // 2}
+        found.append(
+            Speed(
+                length,
+                tuple(prefill),
+                tuple(decode),
+                least_seconds(manifest, "prefill", prompt, chosen),
+                least_seconds(manifest, "decode", token, chosen),
+            )
+        )
+    return Speeds.of(found, chosen)
+
+
+def _answer(runner: "Runner", token_ids: list[int], decodes: int) -> tuple[float, float]:
+    """Seconds to the first token, and of those behind it together."""
+    begun = time.perf_counter()
+    stamps = [
+        time.perf_counter()
+        for _ in runner.stream(token_ids, max_new_tokens=1 + decodes, temperature=0, stop_tokens=[])
+    ]
+    return stamps[0] - begun, stamps[-1] - stamps[0]
