@@ -33,7 +33,7 @@ _UNUSED = _Block(1).views
 class Pages:
     """Blocks of memory for the states of one runner.
 
-    A block is free when no array is a view of it. What it holds then is what was there before.
+    A block is free when no array is a view of it.
     """
 
     def __init__(self) -> None:
@@ -42,12 +42,14 @@ class Pages:
         self._taking = Lock()
 
     def take(self, count: int) -> Array:
-        """Memory that nobody else uses: uint8 [count], at an aligned address."""
+        """Memory that nobody else uses, all zeros: uint8 [count], at an aligned address."""
         with self._taking:
             free = [block for block in self._blocks if block.views <= _UNUSED]
             fitting = [block for block in free if count <= len(block.memory) <= 2 * count]
             if fitting:
-                return min(fitting, key=lambda block: len(block.memory)).memory[:count]
+                used = min(fitting, key=lambda block: len(block.memory)).memory[:count]
+                used.fill(0)
+                return used
             kept = sorted(free, key=lambda block: len(block.memory))[len(free) - _KEPT + 1 :]
             self._blocks = [block for block in self._blocks if block in kept or block not in free]
             self._blocks.append(_Block(count))

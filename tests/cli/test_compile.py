@@ -89,7 +89,7 @@ def test_bars_on_a_terminal(checkpoint: Path, environment: dict[str, str], tmp_p
 
 
 @pytest.mark.parametrize(
-    ("how", "delay"), [(signal.SIGINT, 0.0), (signal.SIGINT, 1.5), (signal.SIGTERM, 0.0)], ids=str
+    ("how", "delay"), [(signal.SIGINT, 0.0), (signal.SIGINT, 0.5), (signal.SIGTERM, 0.0)], ids=str
 )
 def test_an_interrupted_compilation_leaves_nothing(
     checkpoint: Path, environment: dict[str, str], tmp_path: Path, how: signal.Signals, delay: float
