@@ -16,6 +16,9 @@ from relax_llm.runtime.pages import Pages
 
 Array = npt.NDArray[Any]
 
+_ROOM = 4
+"""A first prompt gets a part of its length more, for what follows not to have the caches copied at once."""
+
 
 class State:
     """The tokens of `batch` sequences of equal length, and their keys and values in every layer.
@@ -139,7 +142,8 @@ class State:
         self._written = self._length  # what comes next overwrites the rest, even if it fails
         if needed > self._capacity:
             limit = -(-self.context_length // GRANULE) * GRANULE
-            self._grow(min(max(-(-needed // GRANULE) * GRANULE, 2 * self._capacity), limit))
+            room = 2 * self._capacity or needed + needed // _ROOM  # a prompt is followed by an answer
+            self._grow(min(-(-max(needed, room) // GRANULE) * GRANULE, limit))
         return self._argument
 
     def append(self, ids: npt.NDArray[np.int32]) -> None:

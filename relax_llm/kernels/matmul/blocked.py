@@ -74,6 +74,7 @@ def blocked(problem: Matmul, machine: Machine) -> PrimFunc:
                         if memory is not None:
                             sums = Sums(memory, (place, at, T.int64(0)), tile.cols)
                         x_at = T.address_of(piece[at, 0])
+                        operands.expect(first, height, panel)
                         parts.tile(part, panel, height, x_at, sums, following, share=(i, own))
                         if not operands.done:
                             with b.when(part == count - 1):

@@ -107,6 +107,7 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
                 at = b.let("at", first - top) if parts > 1 else T.int64(0)
                 sums = operands.in_place(first, panel) if kept is None else Sums(kept, (at, T.int64(0)), cols)
                 begin = b.let("begin", part * _PART)
+                operands.expect(first, height, panel)
                 b.call(
                     multiply_integers(layout, planes, machine),
                     height,

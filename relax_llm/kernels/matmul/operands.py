@@ -97,6 +97,20 @@ class Operands:
         """The sums of a tile in the result, where that is possible."""
         return Sums(self.out, (first, panel * self.tile.cols), self.problem.outputs)
 
+    def expect(self, first: Expr, height: Expr, panel: Expr) -> None:
+        """Ask for what a tile's results go to and are added to, long before the tile is done.
+
+        Rows lie far apart, so that no prefetcher finds them, and a tile would wait for the lines of all its rows. Few
+        rows stay in a first-level cache.
+        """
+        matrices = [self.out] if self.residual is None else [self.out, self.residual]
+        with T.serial(T.if_then_else(self.m > self.tile.rows, height, T.int64(0))) as row:
+            for matrix in matrices:
+                flat = b.view(matrix, (self.m * self.problem.outputs,))
+                start = (first + row) * self.problem.outputs + panel * self.per_panel
+                for line in range(0, self.per_panel, LANES):
+                    b.prefetch(flat, start + line)
+
     @property
     def done(self) -> bool:
         """Whether the sums are the results: there is no epilogue."""

@@ -42,6 +42,7 @@ def by_panel(parts: Parts, x_at: Callable[[Expr, Expr], Expr]) -> None:
                 if memory is None
                 else Sums(memory, (at, T.int64(0)), tile.cols)
             )
+            operands.expect(first, height, panel)
             following, share = parts.at(panel, part + 1), (i, own)
             parts.tile(part, panel, height, x_at(part, first), sums, following, share)
             if not operands.done:
