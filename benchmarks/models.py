@@ -88,16 +88,38 @@ def write_huggingface(source: Path, directory: Path, dtype: str) -> None:
     checkpoint.load_tokenizer().save(directory)
 
 
-def write_one_billion(path: Path, seed: int = 0) -> None:
-    """Write a Llama of 1.1 billion random weights in bf16, with a vocabulary of 32,000 made up tokens."""
-    hidden, layers, heads, kv_heads, head_dim, intermediate, vocab = 2048, 16, 32, 8, 64, 8192, 32_000
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama with random weights."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+
+
+ONE_BILLION = Shape(2048, 16, 32, 8, 64, 8192, 32_000)
+
+
+def write_one_billion(path: Path) -> None:
+    """Write a Llama of 1.1 billion weights."""
+    write_random(path, ONE_BILLION)
+
+
+def write_random(path: Path, shape: Shape, seed: int = 0) -> None:
+    """Write a Llama of random weights in bf16, with a made-up vocabulary of bytes, "ab" and words."""
+    hidden, layers, vocab = shape.hidden, shape.layers, shape.vocab
+    heads, kv_heads, head_dim = shape.heads, shape.kv_heads, shape.head_dim
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("random 1B")
+    writer.add_name("random")
     writer.add_context_length(4096)
     writer.add_embedding_length(hidden)
     writer.add_block_count(layers)
-    writer.add_feed_forward_length(intermediate)
+    writer.add_feed_forward_length(shape.intermediate)
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_rope_dimension_count(head_dim)
@@ -105,7 +127,7 @@ def write_one_billion(path: Path, seed: int = 0) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(vocab)
     letters = [gguf_letter(byte) for byte in range(BYTES)]
-    words = [f"Ġword{index}" for index in range(vocab - BYTES - 1)]
+    words = ["ab", *(f"Ġword{index}" for index in range(vocab - BYTES - 2))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(["<|endoftext|>", *letters, *words])
@@ -131,9 +153,9 @@ def write_one_billion(path: Path, seed: int = 0) -> None:
         matrix(f"{block}.attn_v.weight", kv_heads * head_dim, hidden)
         matrix(f"{block}.attn_output.weight", hidden, heads * head_dim)
         ones(f"{block}.ffn_norm.weight")
-        matrix(f"{block}.ffn_gate.weight", intermediate, hidden)
-        matrix(f"{block}.ffn_up.weight", intermediate, hidden)
-        matrix(f"{block}.ffn_down.weight", hidden, intermediate)
+        matrix(f"{block}.ffn_gate.weight", shape.intermediate, hidden)
+        matrix(f"{block}.ffn_up.weight", shape.intermediate, hidden)
+        matrix(f"{block}.ffn_down.weight", hidden, shape.intermediate)
     ones("output_norm.weight")
     matrix("output.weight", vocab, hidden)
     _write(writer)

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -155,13 +156,18 @@ class RelaxLLM:
         from relax_llm.kernels.matmul.family import matmul_kernels
         from relax_llm.kernels.matmul.tiled import layout_for
         from relax_llm.kernels.threads import load
+        from relax_llm.plan.kernel import Declined
 
         here, problem = machine(), Matmul(shape.n, shape.k)
         self._problem = problem
         self._dlpack = tvm_ffi.from_dlpack
         self._packed = layout_for(problem, here).shape(shape.n, shape.k)
-        self._kernels = {kernel.name: kernel for kernel in matmul_kernels(here) if kernel.layout == "tiled"}
-        made = {name: kernel.make(problem) for name, kernel in self._kernels.items()}
+        self._kernels, made = {}, {}
+        for kernel in matmul_kernels(here):
+            if kernel.layout == "tiled":
+                with suppress(Declined):  # it is for weights or activations in another format
+                    made[kernel.name] = kernel.make(problem)
+                    self._kernels[kernel.name] = kernel
         made[MULTIPLY_ADD] = multiply_add(here)
         library = load(generate(made, here))
         half, sums = aligned((threads, LANES)), aligned((threads, LANES))

@@ -4,7 +4,7 @@ Two times are set against each other: multiply-adds at the speed of the register
 of memory. Prefetching hides most of the smaller behind the larger. To that come what each tile costs beside its
 multiply-adds, x where it is too large for the second-level cache, and copying in `blocked`.
 
-The constants describe one core of a server (AVX-512, 2 MB of second-level cache); `python -m benchmarks.kernels` prints
+The constants describe cores of two servers with AVX-512 (Xeon and EPYC); `python -m benchmarks.kernels` prints
 what they predict beside what it measures. Only comparisons between kernels matter, so that constants which are wrong
 for all kernels alike do no harm. `relax-llm tune` measures instead.
 """
@@ -24,19 +24,19 @@ _MEMORY = 16e9  # bytes a second that a core reads
 _AGAIN = 0.25  # of the time of the first reading of the weight, for every block of rows after the first
 _CACHE = 30e9  # bytes a second from the last-level cache, where nothing was asked for ahead
 _COPY = 60e9  # bytes of x a second that `blocked` copies
-_HIDDEN = {
-    "tiled": 0.6,
-    "blocked": 0.4,
-}  # of the smaller of two times, behind the larger: parts are longer in `blocked`
+_HIDDEN = 0.6  # of the smaller of two times, behind the larger
 _TILE = 150 / _HERTZ  # seconds that a tile takes in each part of the reduction beside its multiply-adds
+_SCATTERED = 1.15
+"""How much longer multiply-adds take on tall tiles whose rows lie in x: often a multiple of a page apart, so that they
+compete for a few places of a first-level cache. Rows that were copied next to each other do not."""
 _LAUNCH = 2e-6
 _SECOND_LEVEL = 1 << 20  # bytes of x that stay in the second-level cache beside the weight
 
 Cost = Callable[[Matmul, Mapping[str, int]], float]
 
 
-def tiled_cost(machine: Machine) -> Cost:
-    """Seconds of a launch of `tiled`."""
+def tiled_cost(machine: Machine, *, copied: bool = False) -> Cost:
+    """Seconds of a launch of `tiled`; of one over rows that were copied next to each other, where `copied`."""
 
     def cost(problem: Matmul, sizes: Mapping[str, int]) -> float:
         m = sizes["M"]
@@ -44,8 +44,9 @@ def tiled_cost(machine: Machine) -> Cost:
         tasks = blocking.blocks(m) * _panels(problem, machine)
         rows = min(m, blocking.tiles * blocking.tile.rows)
         again = 4 * m * problem.k * (_panels(problem, machine) - 1)  # bytes of x that every panel reads anew
-        streamed = again / _CACHE * (1 - _HIDDEN["tiled"]) if 4 * rows * problem.k > _SECOND_LEVEL else 0.0
-        return _seconds(problem, machine, m, blocking, tasks, _HIDDEN["tiled"], streamed)
+        streamed = again / _CACHE * (1 - _HIDDEN) if 4 * rows * problem.k > _SECOND_LEVEL else 0.0
+        scattered = _SCATTERED if m > 2 * blocking.tile.alone and not copied else 1.0
+        return _seconds(problem, machine, m, blocking, tasks, _HIDDEN, streamed, scattered)
 
     return cost
 
@@ -58,9 +59,7 @@ def blocked_cost(machine: Machine) -> Cost:
         blocking = blocked_blocking(problem, machine)
         groups = blocking.groups(_panels(problem, machine))
         copied = 4 * m * problem.k * groups / _COPY
-        return _seconds(
-            problem, machine, m, blocking, blocking.blocks(m) * groups, _HIDDEN["blocked"], copied
-        )
+        return _seconds(problem, machine, m, blocking, blocking.blocks(m) * groups, _HIDDEN, copied)
 
     return cost
 
@@ -70,7 +69,14 @@ def _panels(problem: Matmul, machine: Machine) -> int:
 
 
 def _seconds(
-    problem: Matmul, machine: Machine, m: int, blocking: Blocking, tasks: int, hidden: float, more: float
+    problem: Matmul,
+    machine: Machine,
+    m: int,
+    blocking: Blocking,
+    tasks: int,
+    hidden: float,
+    more: float,
+    scattered: float = 1.0,
 ) -> float:
     tile, panels = blocking.tile, _panels(problem, machine)
     tiles = blocking.count(m)
@@ -79,7 +85,7 @@ def _seconds(
     latency = (
         panels * problem.k * tiles * 4 / _HERTZ
     )  # a step cannot begin before the one before it is through
-    compute = max(products, latency) + panels * tiles * blocking.parts * _TILE
+    compute = max(products, latency) * scattered + panels * tiles * blocking.parts * _TILE
     blocks = blocking.blocks(m)
     memory = (
         FORMATS[problem.weight_format].nbytes(problem.n, problem.k) * (1 + (blocks - 1) * _AGAIN) / _MEMORY

@@ -65,7 +65,7 @@ def matmul_kernels(machine: Machine) -> list[Kernel]:
             absorbs=_ALL,
             features=BF16,
             weights=frozenset({"bf16"}),
-            cost=pairs_cost(machine, tiled_cost(machine)),
+            cost=pairs_cost(machine, tiled_cost(machine, copied=True)),
         ),
         *(
             Kernel(
