@@ -18,7 +18,7 @@ from relax_llm.kernels.problem import Problem, problem_of
 from relax_llm.plan.kernel import AXES, kernel
 
 from ..machines import PLAINER
-from .bench import HOST, generate, launch_function, machine_of, needs
+from .bench import generate, launch_function, machine_of, machines
 from .guarded import InOut, Out
 
 if TYPE_CHECKING:
@@ -32,13 +32,6 @@ SAMPLES = [(record, problem) for record in OPERATORS.values() for problem in rec
 samples = pytest.mark.parametrize(
     ("record", "problem"), SAMPLES, ids=[problem.name for _, problem in SAMPLES]
 )
-_SPARSE = 3
-ON_MACHINES = [
-    pytest.param(name, record, problem, marks=needs(name), id=f"{problem.name}-{name}")
-    for name in (HOST, "x86-64-v3", "x86-64")
-    for index, (record, problem) in enumerate(SAMPLES)
-    if name != "x86-64" or index % _SPARSE == 0  # as the next level, with narrower registers
-]
 MISTAKES = [(record, mistake) for record in OPERATORS.values() for mistake in record.mistakes]
 
 
@@ -101,7 +94,8 @@ def _arguments(operands: Sequence[Operand], values: Mapping[str, Any], every: Ma
     return given
 
 
-@pytest.mark.parametrize(("on", "record", "problem"), ON_MACHINES)
+@machines
+@samples
 def test_the_kernel_that_ships_is_right(on: str, record: Operator, problem: Problem) -> None:
     """As the model launches it, with [batch, seq] rows, on guarded memory; its weight packed as it wants."""
     here = machine_of(on)
