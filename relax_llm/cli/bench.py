@@ -15,18 +15,10 @@ if TYPE_CHECKING:
     from relax_llm.runtime.speed import Speeds
 
 _RUN, _OUTPUT = "Run", "Output"
-_ANEW = "anew"
 
 
 def bench(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="An artifact, or a checkpoint, which is compiled by way of the cache; by default SmolLM2.",
-            show_default=False,
-        ),
-    ] = None,
+    model: o.Subject = None,
     lengths: Annotated[
         str, typer.Option("--lengths", metavar="N,N", help="Tokens of the prompts.", rich_help_panel=_RUN)
     ] = "16,64,256,1024",
@@ -39,15 +31,7 @@ def bench(
     rounds: Annotated[
         int, typer.Option("--rounds", metavar="N", help="How often.", rich_help_panel=_RUN)
     ] = 5,
-    limits: Annotated[
-        str | None,
-        typer.Option(
-            "--limits",
-            metavar="GFLOPS,GBS",
-            help='What this machine can do, in GFLOP/s and GB/s; "anew" measures again. By default measured once.',
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = None,
+    limits: o.Limits = None,
     weights: o.Weights = None,
     kv_cache: o.KVCache = None,
     architecture: o.Architecture = None,
@@ -62,17 +46,16 @@ def bench(
     To compare with other engines, in the same minutes, run `python -m benchmarks.llm` in a checkout.
     """
     from relax_llm.runtime.speed import measure
-    from relax_llm.tracing.limits import parse
 
     check_threads(threads)
     wanted = _lengths(lengths)
-    given = None if limits is None or limits == _ANEW else parse(limits)
+    given = o.limits_given(limits)
     named = named_or_default(model)
     artifact = open_artifact(
         named, weights=weights, kv_cache=kv_cache, architecture=architecture, kernels=kernels, target=target
     )
     runner = start_runner(artifact, threads)
-    if limits == _ANEW:
+    if limits == o.ANEW:
         runner.limits(anew=True)
     found = measure(runner, wanted, decodes=decodes, rounds=rounds, limits=given, progress=Bars())
     if json:

@@ -18,14 +18,7 @@ _WAYS = "The two ways"
 
 
 def bisect(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="An artifact, or a checkpoint, which is compiled by way of the cache; by default SmolLM2.",
-            show_default=False,
-        ),
-    ] = None,
+    model: o.Subject = None,
     other: Annotated[
         str | None,
         typer.Argument(metavar="[OTHER]", help="One that is right where MODEL is wrong.", show_default=False),

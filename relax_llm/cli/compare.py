@@ -21,14 +21,7 @@ _DIFFERENT = 1
 
 
 def compare(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="An artifact, or a checkpoint, which is compiled by way of the cache; by default SmolLM2.",
-            show_default=False,
-        ),
-    ] = None,
+    model: o.Subject = None,
     other: Annotated[
         str | None,
         typer.Argument(metavar="[OTHER]", help="The same: what to compare with.", show_default=False),

@@ -11,14 +11,7 @@ from relax_llm.errors import InputError
 
 
 def inspect(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="An artifact, or a checkpoint, which is compiled by way of the cache; by default SmolLM2.",
-            show_default=False,
-        ),
-    ] = None,
+    model: o.Subject = None,
     sites: Annotated[bool, typer.Option("--sites", help="List the launches of a function in order.")] = False,
     function: Annotated[
         str,

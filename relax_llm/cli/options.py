@@ -2,15 +2,26 @@
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from relax_llm.errors import InputError
 
+if TYPE_CHECKING:
+    from relax_llm.tracing import limits
+
 _MODEL, _SAMPLING, _LENGTH = "Model", "Choosing tokens", "Ending the answer"
 _DRAFTS, _OUTPUT = "Drafting tokens", "Output"
 
+Subject = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="An artifact, or a checkpoint, which is compiled by way of the cache; by default SmolLM2.",
+        show_default=False,
+    ),
+]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -186,10 +197,31 @@ PromptLookupNgram = Annotated[
         rich_help_panel=_DRAFTS,
     ),
 ]
+ANEW = "anew"
+Limits = Annotated[
+    str | None,
+    typer.Option(
+        "--limits",
+        metavar="GFLOPS,GBS",
+        help=f'What this machine can do, in GFLOP/s and GB/s; "{ANEW}" measures again. By default measured once.',
+        rich_help_panel=_OUTPUT,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.", rich_help_panel=_OUTPUT)]
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of what goes wrong.", rich_help_panel=_OUTPUT)
 ]
+
+
+def limits_given(text: str | None) -> "limits.Limits | None":
+    """The limits that `--limits` says; None where they are to be measured, or were.
+
+    Raises:
+        InputError: It says something else.
+    """
+    from relax_llm.tracing.limits import parse
+
+    return None if text is None or text == ANEW else parse(text)
 
 
 def generation_options(

@@ -21,14 +21,7 @@ Operator = Annotated[
 
 
 def record(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="An artifact, or a checkpoint, which is compiled by way of the cache; by default SmolLM2.",
-            show_default=False,
-        ),
-    ] = None,
+    model: o.Subject = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="Where to.", rich_help_panel=_OUTPUT)
     ] = Path("launches.rec"),

@@ -21,14 +21,7 @@ _OUTPUTS: "dict[str, Output]" = {"prefill": "last", "logits": "all", "hidden": "
 
 
 def repro(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="An artifact, or a checkpoint, which is compiled by way of the cache; by default SmolLM2.",
-            show_default=False,
-        ),
-    ] = None,
+    model: o.Subject = None,
     site: Annotated[
         str,
         typer.Option(

@@ -18,18 +18,10 @@ if TYPE_CHECKING:
     from relax_llm.tracing.trace import Trace
 
 _OUTPUT, _RUN = "Output", "Run"
-_ANEW = "anew"
 
 
 def trace(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="An artifact, or a checkpoint, which is compiled by way of the cache; by default SmolLM2.",
-            show_default=False,
-        ),
-    ] = None,
+    model: o.Subject = None,
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to run.", rich_help_panel=_RUN)
     ] = "My favorite music is",
@@ -62,15 +54,7 @@ def trace(
     sites: Annotated[
         bool, typer.Option("--sites", help="Tell the layers apart.", rich_help_panel=_OUTPUT)
     ] = False,
-    limits: Annotated[
-        str | None,
-        typer.Option(
-            "--limits",
-            metavar="GFLOPS,GBS",
-            help='What this machine can do, in GFLOP/s and GB/s; "anew" measures again. By default measured once.',
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = None,
+    limits: o.Limits = None,
     weights: o.Weights = None,
     architecture: o.Architecture = None,
     kernels: o.Kernels = None,
@@ -80,14 +64,12 @@ def trace(
     debug: o.Debug = False,
 ) -> None:
     """Run a prompt and the tokens that follow it, and show where the time went: by operator, kernel and site."""
-    from relax_llm.tracing.limits import parse
-
     check_threads(threads)
     if decodes < 0:
         raise InputError(f"--decodes is {decodes}; it must be 0 or above.")
     if output is not None and not output.parent.is_dir():
         raise InputError(f"{output} cannot be written: there is no directory {output.parent}.")
-    given = None if limits is None or limits == _ANEW else parse(limits)
+    given = o.limits_given(limits)
     token_ids = answers.parse_ids(prompt) if ids else None
     named = named_or_default(model)
     artifact = open_artifact(
@@ -100,7 +82,7 @@ def trace(
     if not token_ids:
         raise InputError("The prompt is empty; give some text.")
     runner = start_runner(artifact, threads)
-    traced = _run(runner, token_ids, decodes, cold=cold, limits=given, anew=limits == _ANEW)
+    traced = _run(runner, token_ids, decodes, cold=cold, limits=given, anew=limits == o.ANEW)
     if output is not None:
         traced.save(output)
     if json:

@@ -6,7 +6,7 @@ run on the same threads, and so say what those could reach.
 
 import operator
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 
 from tvm.tirx import PrimFunc
@@ -79,7 +79,7 @@ def multiply_bf16(machine: Machine) -> PrimFunc:
     def step(total: b.Expr, pairs: b.Expr) -> b.Expr:
         return dot_bf16(total, pairs, pairs)
 
-    return _loop(MULTIPLY_BF16, machine, "int32", "float32", step)
+    return _loop(MULTIPLY_BF16, machine, "int32", "float32", step, imported())
 
 
 def multiply_int8(machine: Machine) -> PrimFunc:
@@ -97,9 +97,14 @@ def multiply_int8(machine: Machine) -> PrimFunc:
 
 
 def _loop(
-    name: str, machine: Machine, factors: str, results: str, step: Callable[[b.Expr, b.Expr], b.Expr]
+    name: str,
+    machine: Machine,
+    factors: str,
+    results: str,
+    step: Callable[[b.Expr, b.Expr], b.Expr],
+    within: AbstractContextManager[None] | None = None,
 ) -> PrimFunc:
-    """A loop of steps in registers, each from a sum and the factor."""
+    """A loop of steps in registers, each from a sum and the factor, emitted `within` what they need."""
     sums = machine.accumulators
 
     def emit() -> None:
@@ -114,7 +119,7 @@ def _loop(
             for _, index, _, _ in registers:
                 registers.set(0, index, T.broadcast(T.cast(index, results), LANES))
             with (
-                imported() if name == MULTIPLY_BF16 else nullcontext(),
+                within or nullcontext(),
                 T.serial(T.truncdiv(count, T.int64(sums))),
             ):
                 for _, index, _, _ in registers:

@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,6 @@ def _filled(shape: tuple[int, int], value: Any) -> npt.NDArray[Any]:
 def _remembered(file: Path) -> dict[str, Limits]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-        names = [field.name for field in fields(Limits)]
-        return {key: Limits(*(float(one[name]) for name in names)) for key, one in data.items()}
+        return {key: Limits.from_json(one) for key, one in data.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # what is not there is measured
         return {}

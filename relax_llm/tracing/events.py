@@ -7,7 +7,6 @@ The format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,7 @@ def read(path: str | os.PathLike[str]) -> Trace:
         if about["producer"] != _PRODUCER:
             raise ValueError(f"it was written by {about['producer']}")
         events = data["traceEvents"]
-        limits = Limits(*(float(about[field.name]) for field in fields(Limits)))
-        trace = Trace(limits, int(events[0]["pid"]) if events else None)
+        trace = Trace(Limits.from_json(about), int(events[0]["pid"]) if events else None)
         names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
         launches: dict[int, list[TracedLaunch]] = {}
         for event in events:

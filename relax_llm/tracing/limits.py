@@ -1,6 +1,8 @@
 """The most that a machine can do, to compare launches with."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from relax_llm.errors import InputError
 
@@ -20,6 +22,15 @@ class Limits:
     bytes: float
     bf16: float = 0.0
     int8: float = 0.0
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Limits":
+        """The limits whose fields were written; others in the mapping do not matter.
+
+        Raises:
+            KeyError, TypeError, ValueError: A field is missing, or no number.
+        """
+        return Limits(*(float(data[field.name]) for field in fields(Limits)))
 
     def rate(self, products: str) -> float:
         """Operations in a second for products of "f32", "bf16" or "int8"; f32 does what has no instruction."""
