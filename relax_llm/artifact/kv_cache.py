@@ -1,21 +1,26 @@
 """How the KV cache lies in memory: what kernels, the compiler and the runtime must agree on.
 
-The caches of a layer are two plain tensors, [batch, kv_heads, tiles, ...], each tile holding `TILE` positions:
+The caches of a layer are plain tensors, [batch, kv_heads, tiles, ...], each tile holding `TILE` positions:
 
 =======  ==========================================  ==========================================
-format   keys of a tile                              values of a tile
+format   `k_cache`, keys of a tile                   `v_cache`, values of a tile
 =======  ==========================================  ==========================================
 f32      float32 [head_dim, TILE]                    float32 [TILE, head_dim]
 bf16     uint16 [ceil(head_dim / 2), TILE, 2]        uint16 [TILE / 2, head_dim, 2]
+q8       int8 [head_dim, TILE]                       int8 [TILE, head_dim]
 =======  ==========================================  ==========================================
 
 Keys have one position a lane, so that scores are computed for `TILE` positions at once without reducing across lanes;
 values one channel a lane, which is what the weighted sum over positions reads. In bf16 two neighbours along what is
 summed lie in one word, as products of pairs want them: two channels of a key, two positions of a value. The second
 channel of the last pair of an odd head_dim is 0.
+
+In q8 two more tensors, `k_scale` and `v_scale`, hold float32 [TILE]: what a position's codes are multiplied by, one
+number for all channels of a head, which is its largest magnitude by 127.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -31,54 +36,85 @@ TILE = 16
 GRANULE = 64
 """Capacities are multiples of this many positions."""
 
-CACHE_DTYPES: Mapping[str, str] = MappingProxyType({"f32": "float32", "bf16": "uint16"})
-"""The formats, and the element type of each in memory; bf16 is kept as its bits."""
+CACHE_DTYPES: Mapping[str, str] = MappingProxyType({"f32": "float32", "bf16": "uint16", "q8": "int8"})
+"""The formats, and the element type of keys and values in each; bf16 is kept as its bits."""
+
+MOST = 127
+"""The largest code of q8."""
+
+LEAST = 2.0**-120
+"""The least magnitude that q8 tells from 0: what is smaller has no inverse in f32."""
 
 
-def cache_shapes(
+@dataclass(frozen=True)
+class CacheTensor:
+    """One of the tensors that a layer's cache is made of.
+
+    Attributes:
+        name: "k_cache", "v_cache", "k_scale" or "v_scale".
+        shape: Numbers, or whatever sizes `cache_tensors` was given.
+        dtype: Of its elements.
+    """
+
+    name: str
+    shape: tuple[Any, ...]
+    dtype: str
+
+
+def cache_tensors(
     format: str, batch: Any, kv_heads: int, tiles: Any, head_dim: int
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Shapes of the key and the value cache of one layer."""
-    outer = (batch, kv_heads, tiles)
+) -> tuple[CacheTensor, ...]:
+    """The cache of one layer, in the order in which kernels take its tensors."""
+    outer, dtype = (batch, kv_heads, tiles), CACHE_DTYPES[format]
+    keys: tuple[int, ...] = (head_dim, TILE)
+    values: tuple[int, ...] = (TILE, head_dim)
     if format == "bf16":
-        return (*outer, -(-head_dim // 2), TILE, 2), (*outer, TILE // 2, head_dim, 2)
-    return (*outer, head_dim, TILE), (*outer, TILE, head_dim)
+        keys, values = (-(-head_dim // 2), TILE, 2), (TILE // 2, head_dim, 2)
+    both = (CacheTensor("k_cache", (*outer, *keys), dtype), CacheTensor("v_cache", (*outer, *values), dtype))
+    if format != "q8":
+        return both
+    return (*both, *(CacheTensor(name, (*outer, TILE), "float32") for name in ("k_scale", "v_scale")))
 
 
-def encode_keys(format: str, keys: Array) -> Array:
-    """Keys [batch, positions, kv_heads, head_dim] of whole tiles as a cache has them."""
-    tiled = _tiles(keys).transpose(0, 3, 1, 4, 2)  # [batch, kv_heads, tiles, head_dim, TILE]
-    if format == "f32":
-        return np.ascontiguousarray(tiled)
-    if tiled.shape[3] % 2:
-        tiled = np.concatenate([tiled, np.zeros_like(tiled[:, :, :, :1])], axis=3)
-    pairs = _bits(tiled).reshape(*tiled.shape[:3], -1, 2, TILE)
-    return np.ascontiguousarray(pairs.swapaxes(4, 5))
+def encode(format: str, keys: Array, values: Array) -> dict[str, Array]:
+    """Keys and values [batch, positions, kv_heads, head_dim] of whole tiles as a cache has them, by tensor."""
+    scales: dict[str, Array] = {}
+    if format == "q8":
+        keys, scales["k_scale"] = _codes(keys)
+        values, scales["v_scale"] = _codes(values)
+    tiled_keys = _tiles(keys).transpose(0, 3, 1, 4, 2)  # [batch, kv_heads, tiles, head_dim, TILE]
+    tiled_values = _tiles(values).transpose(0, 3, 1, 2, 4)  # [batch, kv_heads, tiles, TILE, head_dim]
+    if format == "bf16":
+        if tiled_keys.shape[3] % 2:
+            tiled_keys = np.concatenate([tiled_keys, np.zeros_like(tiled_keys[:, :, :, :1])], axis=3)
+        tiled_keys = _bits(tiled_keys).reshape(*tiled_keys.shape[:3], -1, 2, TILE).swapaxes(4, 5)
+        pairs = _bits(tiled_values).reshape(*tiled_values.shape[:3], TILE // 2, 2, -1)
+        tiled_values = pairs.swapaxes(4, 5)
+    found = {"k_cache": tiled_keys, "v_cache": tiled_values, **scales}
+    return {name: np.ascontiguousarray(array) for name, array in found.items()}
 
 
-def encode_values(format: str, values: Array) -> Array:
-    """Values [batch, positions, kv_heads, head_dim] of whole tiles as a cache has them."""
-    tiled = _tiles(values).transpose(0, 3, 1, 2, 4)  # [batch, kv_heads, tiles, TILE, head_dim]
-    if format == "f32":
-        return np.ascontiguousarray(tiled)
-    pairs = _bits(tiled).reshape(*tiled.shape[:3], TILE // 2, 2, -1)
-    return np.ascontiguousarray(pairs.swapaxes(4, 5))
+def decode(format: str, tensors: Mapping[str, Array], head_dim: int) -> tuple[Array, Array]:
+    """The keys and the values in a cache as floats: [batch, positions, kv_heads, head_dim] each."""
+    keys, values = tensors["k_cache"], tensors["v_cache"]
+    if format == "bf16":
+        pairs = _floats(keys).swapaxes(4, 5)
+        keys = pairs.reshape(*keys.shape[:3], -1, TILE)[:, :, :, :head_dim]
+        values = _floats(values).swapaxes(4, 5).reshape(*values.shape[:3], TILE, -1)
+    if format == "q8":
+        keys = keys * tensors["k_scale"][:, :, :, None]
+        values = values * tensors["v_scale"][..., None]
+    return _positions(keys.transpose(0, 2, 4, 1, 3)), _positions(values.transpose(0, 2, 3, 1, 4))
 
 
-def decode_keys(format: str, cache: Array, head_dim: int) -> Array:
-    """The keys in a cache as floats: [batch, positions, kv_heads, head_dim]."""
-    if format != "f32":
-        pairs = _floats(cache).swapaxes(4, 5)
-        cache = pairs.reshape(*cache.shape[:3], -1, TILE)[:, :, :, :head_dim]
-    return _positions(cache.transpose(0, 2, 4, 1, 3))
-
-
-def decode_values(format: str, cache: Array) -> Array:
-    """The values in a cache as floats: [batch, positions, kv_heads, head_dim]."""
-    if format != "f32":
-        pairs = _floats(cache).swapaxes(4, 5)
-        cache = pairs.reshape(*cache.shape[:3], TILE, -1)
-    return _positions(cache.transpose(0, 2, 3, 1, 4))
+def _codes(array: Array) -> tuple[Array, Array]:
+    """Whole numbers and what they are multiplied by, [batch, kv_heads, tiles, TILE]."""
+    largest = np.abs(array).max(axis=-1).astype(np.float32)
+    inverse = np.where(largest < LEAST, 0, MOST / np.maximum(largest, np.float32(LEAST)))
+    with np.errstate(invalid="ignore"):  # NaN is no whole number, and its scale says so
+        codes = np.rint(array * inverse[..., None]).astype(np.int8)
+    scales = largest / np.float32(MOST)
+    return codes, scales.reshape(scales.shape[0], -1, TILE, scales.shape[2]).transpose(0, 3, 1, 2)
 
 
 def _tiles(array: Array) -> Array:

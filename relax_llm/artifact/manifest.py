@@ -104,7 +104,7 @@ class Cache:
         site: The place in the model.
         kv_heads: Key and value heads.
         head_dim: Channels of a head.
-        format: "f32" or "bf16".
+        format: "f32", "bf16" or "q8".
     """
 
     site: str

@@ -62,7 +62,8 @@ def compile(
         weights: How matrices are stored: "f32"; "bf16" or "f16", half of that; "q8", "q4" or "q4s", in 8.5, 5 or 4.5
             bits; or "auto", the one of these that holds what the checkpoint has. See docs/formats.md.
         kv_cache: How keys and values are stored: "f32"; "bf16", half of that, where attention may round queries and
-            softmax weights to bf16, too; or "auto", f32 beside weights in f32 and bf16 beside others.
+            softmax weights to bf16, too; "q8", a quarter, as bytes with a scale for each position; or "auto", f32
+            beside weights in f32 and bf16 beside others.
         architecture: A subclass of `relax_llm.layers.Decoder`, or a Python file with one; by default the built-in one
             for the checkpoint's model_type.
         target: The processor to compile for: an x86-64 level such as "x86-64-v3", "aarch64", or "cuda" for

@@ -7,7 +7,7 @@ from typing import Any
 from tvm import IRModule, ir, relax, tirx
 from tvm.relax.frontend import nn
 
-from relax_llm.artifact.kv_cache import CACHE_DTYPES, cache_shapes
+from relax_llm.artifact.kv_cache import cache_tensors
 from relax_llm.errors import ArchitectureError, RelaxLLMError
 from relax_llm.kernels.argmax import Argmax
 from relax_llm.kernels.lookup import LastToken
@@ -56,7 +56,7 @@ CACHES = "relax_llm.caches"
 def export(decoder: Decoder, machine: Machine, kv_cache: str = "f32") -> IRModule:
     """Trace a decoder.
 
-    Each entry has the parameters token_ids, kv_len, then the key and value cache of every attention layer, named
+    Each entry has the parameters token_ids, kv_len, then the tensors of every attention layer's cache, such as
     `layers.3.self_attn.k_cache`, then every weight under the checkpoint's name. Beside them stands `greedy`: logits
     [batch, seq, vocab] -> the likeliest tokens [batch, seq, 1] int32.
 
@@ -80,17 +80,15 @@ def export(decoder: Decoder, machine: Machine, kv_cache: str = "f32") -> IRModul
         caches = {}
         for site, layer in sites.items():
             layer.cache = kv_cache
-            shapes = cache_shapes(kv_cache, batch, layer.kv_heads, tiles, layer.head_dim)
-            k_cache, v_cache = (
-                relax.Var(f"{site}.{which}_cache", relax.TensorType(list(shape), CACHE_DTYPES[kv_cache]))
-                for which, shape in zip("kv", shapes, strict=True)
-            )
-            caches[site] = (k_cache, v_cache)
+            caches[site] = [
+                relax.Var(f"{site}.{tensor.name}", relax.TensorType(list(tensor.shape), tensor.dtype))
+                for tensor in cache_tensors(kv_cache, batch, layer.kv_heads, tiles, layer.head_dim)
+            ]
         weights = []
         for name, parameter in parameters:
             weights.append(relax.Var(name, relax.TensorType(list(parameter.shape), parameter.dtype)))
             parameter._expr = weights[-1]
-        flat = [cache for pair in caches.values() for cache in pair]
+        flat = [tensor for cache in caches.values() for tensor in cache]
         step = Step(batch, seq, kv_len, caches, machine, kernels)
         with builder.function(entry.name, [token_ids, length, *flat, *weights], attrs={CACHES: len(flat)}):
             with builder.dataflow():

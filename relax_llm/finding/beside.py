@@ -11,7 +11,7 @@ import numpy.typing as npt
 from relax_llm.artifact.manifest import Launch, Manifest
 from relax_llm.errors import InputError
 from relax_llm.finding.walk import Counterpart, Receive
-from relax_llm.runtime.results import results
+from relax_llm.runtime.results import TOKENS, results
 from relax_llm.runtime.runner import Runner
 from relax_llm.runtime.state import State
 
@@ -99,7 +99,7 @@ def _counterpart(at: int, launch: Launch, manifest: Manifest) -> Counterpart:
     plain = all(dtype == "float32" for dtype in stored)
     count = sum(argument.role == "output" for argument in launch.arguments)
     if manifest.kernels[launch.kernel].operator == "append":
-        count += sum(argument.role == "cache" for argument in launch.arguments)
+        count += len(TOKENS)
     return Counterpart(
         f"the reference's {launch.site}",
         tuple((at, index) for index in range(count)),

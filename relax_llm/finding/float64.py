@@ -1,7 +1,7 @@
 """What is right, by the float64 reference of each operator, with the bounds that kernels must keep at the door."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from relax_llm.artifact.manifest import Manifest, Weight
 from relax_llm.runtime.launch import Launch, Operand
-from relax_llm.runtime.results import tokens_of
+from relax_llm.runtime.results import decoded
 from relax_llm.runtime.shadow import Expected
 
 if TYPE_CHECKING:
@@ -44,32 +44,38 @@ class Float64:
         if cache is not None:
             sizes["tiles"] = cache.shape[2]
         found = record.expected(problem, sizes, values, False)
+        cached = {name: said for name, said in found.items() if name.endswith(("_cache", "_scale"))}
         outputs = [
             Expected(*(part.reshape(output.shape) for part in (said.right, said.bound)))
             for output, said in zip(
-                launch.outputs,
-                (said for name, said in found.items() if not name.endswith("_cache")),
-                strict=True,
+                launch.outputs, (said for name, said in found.items() if name not in cached), strict=True
             )
         ]
-        kv_len = launch.sizes["kv_len"]
-        return outputs + [
-            _expected_tokens(name, said.right, said.bound, problem, kv_len)
-            for name, said in found.items()
-            if name.endswith("_cache")
-        ]
+        return outputs + (_expected_tokens(cached, problem, launch.sizes["kv_len"]) if cached else [])
 
 
-def _expected_tokens(name: str, right: Array, bound: Array, problem: Any, kv_len: int) -> Expected:
-    """What a cache should hold; of bits of bf16 that may be off by some, the steps between two such."""
+def _expected_tokens(cached: Mapping[str, Any], problem: Any, kv_len: int) -> list[Expected]:
+    """The keys and the values that a cache should hold, and how far they may be off.
+
+    Of bits of bf16 that may be off by some, the steps between two such.
+    """
+
+    def tokens(of: Callable[[Any], Array]) -> list[Array]:
+        kinds = {"f32": np.float32, "bf16": np.uint16, "q8": np.float64}
+        arrays = {name: of(said).astype(kinds[problem.cache]) for name, said in cached.items()}
+        return list(decoded(problem.cache, arrays, problem.head_dim, kv_len).values())
+
+    right = tokens(lambda said: said.right)
     if problem.cache == "f32":
-        return Expected(
-            *(tokens_of(name, part.astype(np.float32), problem.head_dim, kv_len) for part in (right, bound))
-        )
-    tokens = tokens_of(name, right.astype(np.uint16), problem.head_dim, kv_len)
-    far = right + bound
-    steps = tokens_of(name, np.minimum(far, 0xFFFF).astype(np.uint16), problem.head_dim, kv_len) - tokens
-    return Expected(tokens, np.abs(steps))
+        bound = tokens(lambda said: said.bound)
+    elif problem.cache == "bf16":
+        far = tokens(lambda said: np.minimum(said.right + said.bound, 0xFFFF))
+        bound = [np.abs(one - other) for one, other in zip(far, right, strict=True)]
+    else:
+        far = tokens(lambda said: np.abs(said.right) + said.bound)
+        shown = 2.0**-24  # what is shown of a code and its scale is their product in f32
+        bound = [one - np.abs(other) * (1 - shown) for one, other in zip(far, right, strict=True)]
+    return [Expected(*both) for both in zip(right, bound, strict=True)]
 
 
 float64 = Float64()

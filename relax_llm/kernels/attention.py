@@ -7,20 +7,19 @@ launches are cut into tasks.
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from typing import ClassVar
 
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
-from relax_llm.artifact.kv_cache import CACHE_DTYPES, TILE, cache_shapes
+from relax_llm.artifact.kv_cache import TILE
 from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.cache import element_bytes, require_cache_format
-from relax_llm.kernels.machine import Machine
+from relax_llm.kernels.cache import declare_cache, position_bytes, require_cache_format
+from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.problem import Problem, require_positive, tag
-from relax_llm.kernels.streaming import BLOCK, Tile, fold
+from relax_llm.kernels.streaming import BLOCK, Tile
 
 _TOGETHER = 4
 """Tiles of rows, at most, that a task takes through the cache together: a block comes from memory once for all."""
@@ -73,7 +72,7 @@ class Attention(Problem):
 
     @property
     def bytes(self) -> str:
-        cache = f"{2 * element_bytes(self.cache) * self.kv_heads * self.head_dim}*batch*kv_len"
+        cache = f"{2 * self.kv_heads * position_bytes(self.cache, self.head_dim)}*batch*kv_len"
         return f"{cache} + {8 * self.heads * self.head_dim}*batch*seq"
 
     @property
@@ -83,7 +82,7 @@ class Attention(Problem):
 
 
 def attention(problem: Attention, machine: Machine) -> PrimFunc:
-    """q [batch, seq, heads, head_dim], k_cache, v_cache, kv_len -> out [batch, seq, heads * head_dim].
+    """q [batch, seq, heads, head_dim], the cache, kv_len -> out [batch, seq, heads * head_dim].
 
     Rows are pairs of a query and a head of those that share a key head. They are cut into tiles, and positions into
     blocks. Where tiles are many, a task takes some of them through all blocks that they see. Where they are few, as in
@@ -97,18 +96,17 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
     def emit() -> None:
         batch, seq, tiles = b.size("batch"), b.size("seq"), b.size("tiles")
         q = b.argument("q", (batch, seq, heads, dim))
-        k_shape, v_shape = cache_shapes(problem.cache, batch, kv_heads, tiles, dim)
-        dtype = CACHE_DTYPES[problem.cache]
-        k_cache, v_cache = b.argument("k_cache", k_shape, dtype), b.argument("v_cache", v_shape, dtype)
+        cache = declare_cache(problem.cache, batch, kv_heads, tiles, dim)
         kv_len = b.scalar("kv_len")
         out_arg = b.argument("out", (batch, seq, heads * dim))
 
         out = b.view(out_arg, (batch, seq, heads, dim))
         pairs = batch * kv_heads  # of a sequence and a key head
         keys, values = (
-            b.view(cache, (pairs, tiles * words), shape.words)
-            for cache, words in ((k_cache, shape.key_words), (v_cache, shape.value_words))
+            b.view(cache[name], (pairs, tiles * elements), shape.stored)
+            for name, elements in (("k_cache", shape.stored_keys), ("v_cache", shape.stored_values))
         )
+        scales = [b.view(cache[name], (pairs, tiles * TILE)) for name in cache if name.endswith("scale")]
         rows, past = b.let("rows", seq * group), b.let("past", kv_len - seq)
         row_tiles = b.let("row_tiles", _ceil(seq * group, height))
         first_block = b.let(
@@ -152,7 +150,7 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
             """Divide the sums by those of the weights."""
             with T.serial(own.count) as r:
                 to_row = place(pair, b.let("row", own.first + r))
-                total = fold(b.let("total", b.load(partials, at, shape.weights_at(r))), operator.add)
+                total = b.fold(b.let("total", b.load(partials, at, shape.weights_at(r))), operator.add)
                 inverse = b.let("inverse", T.float32(1) / total)
                 for start, n in b.chunks(dim):
                     value = b.load(partials, at, shape.values_at(r) + start, lanes=n)
@@ -163,7 +161,7 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
             own: _Rows,
             block: Expr,
             queries: Expr,
-            memory: _Scores,
+            memory: _Memory,
             partial: Callable[[Expr], Expr],
         ) -> None:
             """The partial of a tile over what it sees of a block."""
@@ -172,25 +170,56 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
             positions = b.let("positions", T.min(own.latest + 1, after) - start)
             count = b.let("tiles", _ceil(positions, TILE))
             first_tile = b.let("first_tile", _floor(start, TILE))
-            key, value = (
-                T.address_of(cache[pair, first_tile * words])
-                for cache, words in ((keys, shape.key_words), (values, shape.value_words))
-            )
+            if memory.unpacked is None:
+                key = T.address_of(keys[pair, first_tile * shape.key_words])
+                value = T.address_of(values[pair, first_tile * shape.value_words])
+                key_scales, value_scales = [], []
+            else:
+                slot = b.let("in_block", first_tile - block * (BLOCK // TILE))
+                key = memory.unpacked.keys(slot * shape.key_words)
+                value = memory.unpacked.values(slot * shape.value_words)
+                key_scales, value_scales = ([at(slot * TILE)] for at in memory.unpacked.scales)
             scores, weights = memory.scores, memory.weights
-            b.call(shape.scores, own.count, queries, key, value, scores, count)
+            b.call(shape.scores, own.count, queries, key, value, *key_scales, scores, count)
             hidden = own.earliest - start < count * TILE - 1
             if window:
                 hidden = T.Or(hidden, own.latest - start >= window)
             with b.when(hidden):
                 b.call(shape.mask(group, window), own.count, scores, own.first, past - start, count)
             places = [scores, weights] if shape.pairs else [scores]
-            b.call(shape.weights, own.count, *places, partial(0), count)
-            # What is read next: the keys of the block behind this one, or of the next head's first.
+            b.call(shape.weights, own.count, *places, *value_scales, partial(0), count)
+            ahead = value if memory.unpacked else following(pair, block)
+            b.call(shape.weighted, own.count, weights, value, ahead, partial(shape.values_at(0)), positions)
+
+        def following(pair: Expr, block: Expr) -> Expr:
+            """What is read next: the keys of the block behind this one, or of the next head's first."""
+            after = b.let("after", (block + 1) * BLOCK)
             more = b.let("more", T.Cast("int64", after < kv_len))
             next_pair = T.min(pair + 1 - more, pairs - 1)
             next_tile = _floor(first_block * BLOCK + more * (after - first_block * BLOCK), TILE)
-            ahead = T.address_of(keys[next_pair, next_tile * shape.key_words])
-            b.call(shape.weighted, own.count, weights, value, ahead, partial(shape.values_at(0)), positions)
+            return T.address_of(keys[next_pair, next_tile * shape.stored_keys])
+
+        def unpack(pair: Expr, block: Expr, begin: Expr, latest: Expr, memory: _Unpacked) -> None:
+            """Unpack what is seen of a block, from the positions `begin` to `latest`, to its place there."""
+            first = b.let("first_tile", T.max(block * (BLOCK // TILE), _floor(begin, TILE)))
+            end = T.min((block + 1) * (BLOCK // TILE), _ceil(latest + 1, TILE))
+            count = b.let("tiles", end - first)
+            slot = b.let("in_block", first - block * (BLOCK // TILE))
+            key = T.address_of(keys[pair, first * shape.stored_keys])
+            value = T.address_of(values[pair, first * shape.stored_values])
+            b.call(shape.unpack(dim, TILE), key, memory.keys(slot * shape.key_words), value, count)
+            next_key = following(pair, block)
+            b.call(shape.unpack(TILE, dim), value, memory.values(slot * shape.value_words), next_key, count)
+            for scale, kept in zip(scales, memory.kept_scales, strict=True):
+                with T.serial(count) as tile:
+                    at = b.let("at", (first + tile) * TILE)
+                    known = T.ramp(T.cast(at, "int32"), 1, LANES) < T.broadcast(
+                        T.cast(kv_len, "int32"), LANES
+                    )
+                    b.store(
+                        kept, T.Select(known, b.load(scale, pair, at), b.splat(0.0)), (slot + tile) * TILE
+                    )
+                b.store(kept, b.splat(0.0), (slot + count) * TILE)
 
         def through_all_blocks() -> None:
             wanted = T.max(_ceil(row_tiles, _TOGETHER), T.truncdiv(pairs + (_TASKS - 1), pairs))
@@ -205,23 +234,26 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
                 part = b.let("part", T.Select(turn - 2 * half == 0, half, groups - 1 - half))
                 start = b.let("start", T.truncdiv(row_tiles * part, groups))
                 own = b.let("own", T.truncdiv(row_tiles * (part + 1), groups) - start)
-                queries = _stack(_TOGETHER, height * shape.query_words, dtype=shape.query_dtype)
-                scores = _Scores.of(shape)
-                partials = _stack(_TOGETHER + 1, shape.partial)  # one for each tile, and one to be merged
+                queries = b.stack((_TOGETHER, height * shape.query_words), dtype=shape.query_dtype)
+                memory = _Memory.of(shape)
+                partials = b.stack((_TOGETHER + 1, shape.partial))  # one for each tile, and one to be merged
                 with T.serial(own) as i:
                     take(pair, rows_of(start + i), queries, i)
-                first = b.let("first", _floor(rows_of(start).begin, BLOCK))
-                last = b.let("last", _floor(rows_of(start + own - 1).latest, BLOCK))
-                with T.serial(last + 1 - first) as number, T.serial(own) as i:
+                begin, latest = rows_of(start).begin, rows_of(start + own - 1).latest
+                first, last = b.let("first", _floor(begin, BLOCK)), b.let("last", _floor(latest, BLOCK))
+                with T.serial(last + 1 - first) as number:
                     block = b.let("block", first + number)
-                    these = rows_of(start + i)
-                    with b.when(these.sees(block)):
-                        opens = these.begin >= block * BLOCK
-                        slot = b.let("slot", T.if_then_else(opens, i, T.int64(_TOGETHER)))
-                        partial = _addresses(partials, slot)
-                        attend(pair, these, block, T.address_of(queries[i, 0]), scores, partial)
-                        with b.when(slot != i):
-                            b.call(shape.merge, _addresses(partials, i)(0), partial(0), these.count)
+                    if memory.unpacked:
+                        unpack(pair, block, begin, latest, memory.unpacked)
+                    with T.serial(own) as i:
+                        these = rows_of(start + i)
+                        with b.when(these.sees(block)):
+                            opens = these.begin >= block * BLOCK
+                            slot = b.let("slot", T.if_then_else(opens, i, T.int64(_TOGETHER)))
+                            partial = _addresses(partials, slot)
+                            attend(pair, these, block, T.address_of(queries[i, 0]), memory, partial)
+                            with b.when(slot != i):
+                                b.call(shape.merge, _addresses(partials, i)(0), partial(0), these.count)
                 with T.serial(own) as i:
                     finish(pair, rows_of(start + i), partials, i)
 
@@ -238,14 +270,15 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
                 pair_block = b.let("pair_block", T.truncdiv(index, row_tiles))
                 pair = b.let("pair", T.truncdiv(pair_block, blocks))
                 block = b.let("block", first_block + pair_block - pair * blocks)
-                queries = _stack(1, height * shape.query_words, dtype=shape.query_dtype)
-                scores = _Scores.of(shape)
+                queries = b.stack((1, height * shape.query_words), dtype=shape.query_dtype)
+                memory = _Memory.of(shape)
                 these = rows_of(index - pair_block * row_tiles)
                 with b.when(these.sees(block)):
                     take(pair, these, queries, T.int64(0))
-                    attend(
-                        pair, these, block, T.address_of(queries[0, 0]), scores, _addresses(partials, index)
-                    )
+                    if memory.unpacked:
+                        unpack(pair, block, these.begin, these.latest, memory.unpacked)
+                    partial = _addresses(partials, index)
+                    attend(pair, these, block, T.address_of(queries[0, 0]), memory, partial)
 
             def merge(index: Expr) -> None:
                 pair = b.let("pair", T.truncdiv(index, row_tiles))
@@ -296,24 +329,61 @@ class _Rows:
 
 
 @dataclass(frozen=True)
-class _Scores:
-    """Addresses of the scores of a tile and a block, and of the weights that they become: the same, or words."""
+class _Unpacked:
+    """A block of keys and values as they are multiplied, and their scales.
+
+    Attributes:
+        words: [2, words of a block].
+        kept_scales: [BLOCK + TILE] each, 0 where there is no position.
+    """
+
+    words: Expr
+    kept_scales: tuple[Expr, Expr]
+
+    @staticmethod
+    def of(shape: Tile) -> "_Unpacked":
+        """New memory of a task."""
+        tiles = BLOCK // TILE
+        words = b.scratch((2, tiles * max(shape.key_words, shape.value_words)), shape.words)
+        return _Unpacked(words, (b.stack((BLOCK + TILE,)), b.stack((BLOCK + TILE,))))
+
+    def keys(self, at: Expr) -> Expr:
+        """The address of a word of the keys."""
+        return T.address_of(self.words[0, at])
+
+    def values(self, at: Expr) -> Expr:
+        """The address of a word of the values."""
+        return T.address_of(self.words[1, at])
+
+    @property
+    def scales(self) -> tuple[Callable[[Expr], Expr], Callable[[Expr], Expr]]:
+        """What give the address of a scale of a position, of the keys and of the values."""
+        keys, values = self.kept_scales
+        return (lambda at: T.address_of(keys[at])), (lambda at: T.address_of(values[at]))
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What a task has for a block: addresses of the scores of a tile, and of the weights that they become.
+
+    Attributes:
+        scores: [rows, BLOCK].
+        weights: The same, or words.
+        unpacked: For caches that are codes.
+    """
 
     scores: Expr
     weights: Expr
+    unpacked: _Unpacked | None
 
     @staticmethod
-    def of(shape: Tile) -> "_Scores":
+    def of(shape: Tile) -> "_Memory":
         """New memory of a task."""
-        scores = T.address_of(_stack(shape.rows * BLOCK)[0])
+        unpacked = _Unpacked.of(shape) if shape.codes else None
+        scores = T.address_of(b.stack((shape.rows * BLOCK,))[0])
         if not shape.pairs:
-            return _Scores(scores, scores)
-        return _Scores(scores, T.address_of(_stack(shape.rows * BLOCK // 2, dtype="int32")[0]))
-
-
-def _stack(*shape: int, dtype: str = "float32") -> Expr:
-    """Memory of a task whose addresses are given away: through a view, as in `builder.scratch`."""
-    return b.view(b.local((prod(shape),), dtype), shape, dtype)
+            return _Memory(scores, scores, unpacked)
+        return _Memory(scores, T.address_of(b.stack((shape.rows * BLOCK // 2,), dtype="int32")[0]), unpacked)
 
 
 def _addresses(rows: Expr, row: Expr) -> Callable[[Expr], Expr]:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from tvm.ir import Call, GlobalVar
+import numpy as np
+from tvm.ir import Call, GlobalVar, PointerType, PrimType
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
@@ -27,6 +28,7 @@ _calls: ContextVar[list[GlobalVar]] = ContextVar("calls of the function that is 
 
 _LOG_TASKS = TASKS.bit_length() - 1
 
+_LINE = 64  # bytes of a cache line
 _OPAQUE = 8  # The operator pattern that tells TVM's fusion to leave a function alone.
 
 
@@ -91,6 +93,22 @@ def local(shape: Sequence[int], dtype: str = "float32") -> Expr:
     cannot promote.
     """
     return T.alloc_buffer(tuple(shape), dtype, scope="local", annotations={"disable_lower_builtin": True})
+
+
+def stack(shape: Sequence[int], dtype: str = "float32") -> Expr:
+    """Memory of one task, on its stack, whose address is given away: it begins with a cache line.
+
+    TVM aligns the stack's buffers to 16 bytes, wherever a thread's stack happens to lie, and every vector that lies
+    across two lines is read and written twice.
+    """
+    beyond = _LINE // np.dtype(dtype).itemsize
+    count = math.prod(shape) + beyond
+    whole = view(local((count,), dtype), (count,), dtype)  # see `scratch`
+    kind = PointerType(PrimType(dtype))
+    place = T.address_of(whole[beyond - 1])
+    start = T.Bind(T.call_llvm_pure_intrin(kind, "llvm.ptrmask.p0.i64", place, T.int64(-_LINE)))
+    IRBuilder.name("start", start)
+    return T.decl_buffer(tuple(shape), dtype, data=start)
 
 
 def scratch(shape: Sequence[int], dtype: str = "float32") -> Expr:
@@ -265,6 +283,16 @@ def row_sum(width: int, value: Callable[[Expr, int], Expr]) -> Expr:
 
     sweep(width, add)
     return reduce_lanes(partial, (), lambda x, y: x + y)
+
+
+def fold(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """All lanes of a vector combined to one, by halves."""
+    lanes = LANES
+    while lanes > 1:
+        lanes //= 2
+        halves = [T.Shuffle([vector], list(range(first, first + lanes))) for first in (0, lanes)]
+        vector = let("half", combine(*halves))
+    return vector
 
 
 def reduce_lanes(buffer: Expr, row: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:

@@ -8,10 +8,11 @@ import numpy as np
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
-from relax_llm.artifact.kv_cache import CACHE_DTYPES, TILE, cache_shapes
+from relax_llm.artifact.kv_cache import CACHE_DTYPES, MOST, TILE, cache_tensors
 from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.codes import inverse_of, magnitude, rounded
 from relax_llm.kernels.halves import to_bf16
 from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.problem import Problem, require_positive, tag
@@ -30,9 +31,18 @@ def require_cache_format(format: str) -> None:
         raise KernelError(f"The cache format {format!r} is not known; known: {', '.join(CACHE_DTYPES)}.")
 
 
-def element_bytes(format: str) -> int:
-    """Bytes of one channel of a key or a value."""
-    return np.dtype(CACHE_DTYPES[format]).itemsize
+def position_bytes(format: str, head_dim: int) -> int:
+    """Bytes of a position's key or value in one head."""
+    scale = 4 if format == "q8" else 0
+    return np.dtype(CACHE_DTYPES[format]).itemsize * head_dim + scale
+
+
+def declare_cache(format: str, batch: Expr, kv_heads: int, tiles: Expr, head_dim: int) -> dict[str, Expr]:
+    """Declare a layer's cache as the next arguments, by name."""
+    return {
+        tensor.name: b.argument(tensor.name, tensor.shape, tensor.dtype)
+        for tensor in cache_tensors(format, batch, kv_heads, tiles, head_dim)
+    }
 
 
 @dataclass(frozen=True)
@@ -73,37 +83,34 @@ class Append(Problem):
 
     @property
     def bytes(self) -> str:
-        queries = self.heads * self.head_dim
-        written = 4 * queries + element_bytes(self.cache) * (self.width - queries)
+        written = 4 * self.heads * self.head_dim + 2 * self.kv_heads * position_bytes(
+            self.cache, self.head_dim
+        )
         return f"{4 * self.width + written}*batch*seq + {4 * self.head_dim * self.rope}*seq"
 
 
 def append(problem: Append, machine: Machine) -> PrimFunc:
-    """qkv [batch, seq, width], (rope [seq, 2, dim/2]), k_cache, v_cache, kv_len -> q [batch, seq, heads, dim].
+    """qkv [batch, seq, width], (rope [seq, 2, dim/2]), the cache, kv_len -> q [batch, seq, heads, dim].
 
     Writes positions kv_len - seq ... kv_len - 1 of the caches, which the caller has made large enough. A task has a
     tile of the cache and a key head, with the query heads that share it: two positions may lie in one word.
     """
     heads, kv_heads, dim = problem.heads, problem.kv_heads, problem.head_dim
     group, half = heads // kv_heads, dim // 2
-    halves = problem.cache == "bf16"
 
     def emit() -> None:
         batch, seq, tiles = b.size("batch"), b.size("seq"), b.size("tiles")
         qkv_arg = b.argument("qkv", (batch, seq, problem.width))
         rope = b.argument("rope", (seq, 2, half)) if problem.rope else None
-        dtype = CACHE_DTYPES[problem.cache]
-        k_shape, v_shape = cache_shapes(problem.cache, batch, kv_heads, tiles, dim)
-        k_cache, v_cache = b.argument("k_cache", k_shape, dtype), b.argument("v_cache", v_shape, dtype)
+        cache = declare_cache(problem.cache, batch, kv_heads, tiles, dim)
         kv_len = b.scalar("kv_len")
         q_arg = b.argument("q", (batch, seq, heads, dim))
         rows = batch * seq
         qkv = b.view(qkv_arg, (rows, heads + 2 * kv_heads, dim))
         q = b.view(q_arg, (rows, heads, dim))
-        if halves:  # as words of two
-            k_cache, v_cache = (
-                b.view(x, s[:-1], "uint32") for x, s in ((k_cache, k_shape), (v_cache, v_shape))
-            )
+        k_cache, v_cache = cache["k_cache"], cache["v_cache"]
+        if problem.cache == "bf16":  # as words of two
+            k_cache, v_cache = (b.view(x, x.shape[:-1], "uint32") for x in (k_cache, v_cache))
         past = b.let("past", kv_len - seq)
         first_tile = b.let("first_tile", past // TILE)
         written = b.let("written", (kv_len + (TILE - 1)) // TILE - first_tile)
@@ -140,24 +147,48 @@ def append(problem: Append, machine: Machine) -> PrimFunc:
                 with T.serial(group) as member:
                     move(head * group + member, q, (row, head * group + member))
                 move(heads + head, key, ())
-                value = heads + kv_heads + head
-                if halves:
-                    _append_key(key, k_cache, (sequence, head, tile), lane, dim)
-                    _append_value(
-                        lambda start, n: b.load(qkv, row, value, start, lanes=n),
-                        v_cache,
-                        (sequence, head, tile, lane // 2),
-                        lane % 2,
-                        dim,
-                    )
+                value, place = heads + kv_heads + head, (sequence, head, tile)
+
+                def channels(start: int, n: int) -> Expr:
+                    return b.load(qkv, row, value, start, lanes=n)
+
+                if problem.cache == "bf16":
+                    _append_key(key, k_cache, place, lane, dim)
+                    _append_value(channels, v_cache, (*place, lane // 2), lane % 2, dim)
+                elif problem.cache == "q8":
+                    codes = b.local((LANES * -(-dim // LANES),), "int8")
+                    scale = _encode(lambda start, n: b.load(key, start, lanes=n), codes, (), dim)
+                    b.put(cache["k_scale"], scale, *place, lane)
+                    _scatter(codes, k_cache, place, lane, dim)
+                    b.put(cache["v_scale"], _encode(channels, v_cache, (*place, lane), dim), *place, lane)
                 else:
-                    with T.serial(dim) as channel:
-                        b.put(k_cache, key[channel], sequence, head, tile, channel, lane)
-                    copied(value, v_cache, (sequence, head, tile, lane))
+                    _scatter(key, k_cache, place, lane, dim)
+                    copied(value, v_cache, (*place, lane))
 
         b.tasks(batch * kv_heads * written, task, serial_if=rows * problem.width <= _SERIAL, name="tile")
 
     return tag(b.prim_func(problem.name, emit), problem)
+
+
+def _scatter(key: Expr, k_cache: Expr, tile: tuple[Expr, ...], lane: Expr, dim: int) -> None:
+    """Write the channels of a key to one lane."""
+    with T.serial(dim) as channel:
+        b.put(k_cache, key[channel], *tile, channel, lane)
+
+
+def _encode(channels: Callable[[int, int], Expr], target: Expr, at: tuple[Expr, ...], dim: int) -> Expr:
+    """Write the channels of a key or value as codes of q8, and give their scale, not finite where one is not."""
+    largest = b.local((LANES,), "int32")
+    b.store(largest, T.broadcast(T.int32(0), LANES), 0)
+    for start, n in b.chunks(dim):
+        most = T.max(b.load(largest, 0, lanes=n), magnitude(channels(start, n), n))
+        b.store(largest, most, 0, lanes=n)
+    word = b.let("largest", b.fold(b.load(largest, 0), T.max))
+    inverse = b.let("inverse", inverse_of(word, MOST))
+    for start, n in b.chunks(dim):
+        codes = rounded(channels(start, n) * b.splat(inverse, n), n)
+        b.store(target, T.Cast(_typed("int8", n), codes), *at, start, lanes=n)
+    return T.reinterpret("float32", word) / T.float32(MOST)
 
 
 def _append_key(key: Expr, k_cache: Expr, tile: tuple[Expr, ...], lane: Expr, dim: int) -> None:

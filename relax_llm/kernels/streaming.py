@@ -19,7 +19,7 @@ from tvm.tirx.script.builder import ir as T
 from relax_llm.artifact.kv_cache import TILE
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.halves import pair_of_bf16
+from relax_llm.kernels.halves import pair_of_bf16, pair_of_floats
 from relax_llm.kernels.inner import inner, memory, number, pointer
 from relax_llm.kernels.intrinsics import BF16, dot_bf16, imported, round_bf16
 from relax_llm.kernels.machine import LANES, Machine
@@ -41,6 +41,7 @@ _HEIGHTS = (1, 2, 3, 4, 6, 8, 10)
 _UNROLL = 2  # steps in a turn of a loop
 _PAIR = 2  # tiles of scores that become weights at once
 _MOST = 4  # vectors of a row that are summed at once, at most
+_LINE = 64
 _FAR = 1 << 20  # where a function does not know how much memory an address has
 
 
@@ -50,6 +51,9 @@ class Tile:
 
     A cache in bf16 is read as words of two: two channels of a key, two positions of a value. Where the processor
     multiplies pairs of bf16, queries and weights are rounded to such words, too; else words are widened.
+
+    Codes of q8 are unpacked to words first, once for all tiles of a task: to pairs of bf16, which hold them exactly,
+    or to f32. Their scales are left to the scores, and to the weights.
 
     Attributes:
         dim: Channels of a head.
@@ -62,9 +66,14 @@ class Tile:
     cache: str = "f32"
 
     @property
+    def codes(self) -> bool:
+        """Whether the caches are unpacked before they are multiplied, and have scales."""
+        return self.cache == "q8"
+
+    @property
     def halves(self) -> bool:
-        """Whether the caches are words of two."""
-        return self.cache != "f32"
+        """Whether what is multiplied are words of two."""
+        return self.cache == "bf16" or (self.codes and self.machine.features >= BF16)
 
     @property
     def pairs(self) -> bool:
@@ -73,7 +82,7 @@ class Tile:
 
     @property
     def words(self) -> str:
-        """What the caches are read as."""
+        """What is multiplied with queries and weights."""
         return "int32" if self.halves else "float32"
 
     @property
@@ -85,6 +94,21 @@ class Tile:
     def value_words(self) -> int:
         """Words of a tile of values."""
         return TILE * self.dim // (2 if self.halves else 1)
+
+    @property
+    def stored(self) -> str:
+        """What the caches are read as."""
+        return "int8" if self.codes else self.words
+
+    @property
+    def stored_keys(self) -> int:
+        """Elements of a tile of keys in its cache."""
+        return TILE * self.dim if self.codes else self.key_words
+
+    @property
+    def stored_values(self) -> int:
+        """Elements of a tile of values in its cache."""
+        return TILE * self.dim if self.codes else self.value_words
 
     @property
     def query_words(self) -> int:
@@ -150,14 +174,15 @@ class Tile:
         ::
 
             scores(height, queries [height, dim], keys, ahead, scores [height, BLOCK], tiles)
+            scores(height, queries [height, dim], keys, ahead, scales, scores [height, BLOCK], tiles)
 
         Small tiles wait for memory, and ask for as much from the address `ahead` on as they read. All of a tile's rows
-        must hold numbers, more than `height` of them, too.
+        must hold numbers, more than `height` of them, too. Codes have `scales`, one for each position.
         """
 
-        def emit(
-            rows: int, queries_at: Expr, keys_at: Expr, ahead_at: Expr, out_at: Expr, tiles: Expr
-        ) -> None:
+        def emit(rows: int, queries_at: Expr, keys_at: Expr, ahead_at: Expr, *rest: Expr) -> None:
+            *scales_at, out_at, tiles = rest
+            scales = memory(scales_at[0], (_FAR, TILE)) if scales_at else None
             steps = -(-self.dim // 2) if self.halves else self.dim
             queries, out = (
                 memory(queries_at, (rows, self.query_words), self.query_dtype),
@@ -178,7 +203,10 @@ class Tile:
                 acc.clear()
                 _in_turns(T.int64(steps), step)
                 for r, t, _, _ in acc:
-                    b.store(out, acc.get(r, t), r, (first + t) * TILE)
+                    score = acc.get(r, t)
+                    if scales is not None:
+                        score = score * b.load(scales, first + t, 0)
+                    b.store(out, score, r, (first + t) * TILE)
 
             wide = self._wide(rows)
             turns = b.let("turns", T.truncdiv(tiles, T.int64(wide)))
@@ -190,7 +218,13 @@ class Tile:
 
         return self._by_height(
             "attention_scores",
-            {"queries": self.query_dtype, "keys": self.words, "ahead": self.words, "scores": "float32"},
+            {
+                "queries": self.query_dtype,
+                "keys": self.words,
+                "ahead": self.words,
+                **({"scales": "float32"} if self.codes else {}),
+                "scores": "float32",
+            },
             emit,
         )
 
@@ -286,30 +320,34 @@ class Tile:
 
         ::
 
-            weights(height, scores [height, BLOCK], partial, tiles)
-            weights(height, scores [height, BLOCK], words [height, BLOCK / 2], partial, tiles)
+            weights(height, scores [height, BLOCK], (words [height, BLOCK / 2]), (scales), partial, tiles)
 
-        Weights take the place of the scores; as pairs of bf16 they are written to memory of their own, and the sum is
-        that of the weights before rounding.
+        Weights take the place of the scores; as pairs of bf16 they are written to `words`, and the sum is that of the
+        weights before rounding. Codes have `scales`, by which the weights are multiplied, but not those in the sum;
+        they must be numbers for an even number of tiles.
         """
 
         def emit() -> None:
             height, scores_at = number("height"), pointer("scores")
             words_at = pointer("words", "int32") if self.pairs else None
+            scales_at = pointer("scales") if self.codes else None
             partial_at, tiles = pointer("partial"), number("tiles")
             scores, partial = memory(scores_at, (self.rows, BLOCK)), memory(partial_at, (self.partial,))
             words = memory(words_at, (self.rows, BLOCK // 2), "int32") if self.pairs else None
+            scales = memory(scales_at, (BLOCK,)) if self.codes else None
             with imported() if self.pairs else nullcontext():
-                emit_body(height, scores, partial, tiles, words)
+                emit_body(height, scores, partial, tiles, words, scales)
 
-        def emit_body(height: Expr, scores: Expr, partial: Expr, tiles: Expr, words: Expr | None) -> None:
+        def emit_body(
+            height: Expr, scores: Expr, partial: Expr, tiles: Expr, words: Expr | None, scales: Expr | None
+        ) -> None:
 
             def largest(r: Expr, count: int) -> None:
                 top = b.local((LANES,))
                 b.store(top, b.splat(_LOWEST), 0)
                 for at in range(0, count * TILE, LANES):
                     b.store(top, T.max(b.load(top, 0), b.load(scores, r, at)), 0)
-                b.put(partial, fold(b.load(top, 0), T.max), r)
+                b.put(partial, b.fold(b.load(top, 0), T.max), r)
 
             def weigh(r: Expr, count: int) -> None:
                 top, total = b.let("top", partial[r]), b.local((LANES,))
@@ -318,6 +356,8 @@ class Tile:
                 for at in range(0, count * TILE, LANES):
                     weight = b.let("weight", exp_nonpositive(b.load(scores, r, at) - b.splat(top)))
                     b.store(total, b.load(total, 0) + weight, 0)
+                    if scales is not None:
+                        weight = b.let("scaled", weight * b.load(scales, at))
                     found.append(weight)
                     if words is None:
                         b.store(scores, weight, r, at)
@@ -339,10 +379,56 @@ class Tile:
 
         return inner(f"attention_weights_d{self.dim}{self._suffix}", (self.machine,), emit, entry=True)
 
+    def unpack(self, rows: int, width: int) -> ir.GlobalVar:
+        """Codes as words, for tiles of `rows` rows: pairs of neighbouring rows, or each row as it is.
+
+        ::
+
+            unpack(codes [tiles, rows, width], words, ahead, tiles)
+
+        A row behind an odd last one counts as 0. It asks for as much from the address `ahead` on as it reads.
+        """
+
+        def emit() -> None:
+            codes_at, words_at = pointer("codes", "int8"), pointer("words", self.words)
+            ahead_at, tiles = pointer("ahead", "int8"), number("tiles")
+            each = -(-rows // 2) if self.halves else rows
+            codes, words = (
+                memory(codes_at, (_FAR, rows, width), "int8"),
+                memory(words_at, (_FAR, each, width), self.words),
+            )
+            ahead = memory(ahead_at, (_FAR,), "int8")
+
+            def floats(tile: Expr, row: Expr, start: int, lanes: int) -> Expr:
+                kind = "float32" if lanes == 1 else f"float32x{lanes}"
+                return T.Cast(kind, b.load(codes, tile, row, start, lanes=lanes))
+
+            def pair(tile: Expr, at: Expr, *, single: bool) -> None:
+                for start, lanes in b.chunks(width):
+                    low = floats(tile, 2 * at, start, lanes)
+                    high = None if single else floats(tile, 2 * at + 1, start, lanes)
+                    b.store(words, pair_of_floats(low, high, lanes), tile, at, start, lanes=lanes)
+
+            with T.serial(tiles) as tile:
+                with T.serial(-(-rows * width // _LINE)) as line:
+                    b.prefetch(ahead, tile * (rows * width) + line * _LINE)
+                if self.halves:
+                    with T.serial(rows // 2) as at:
+                        pair(tile, at, single=False)
+                    if rows % 2:
+                        pair(tile, T.int64(rows // 2), single=True)
+                else:
+                    with T.serial(rows) as row:
+                        for start, lanes in b.chunks(width):
+                            b.store(words, floats(tile, row, start, lanes), tile, row, start, lanes=lanes)
+
+        kind = "pairs" if self.halves else "floats"
+        return inner(f"attention_unpack_{kind}_{rows}x{width}", (self.machine,), emit, entry=True)
+
     @property
     def _suffix(self) -> str:
         """What tells functions over caches in another format from each other."""
-        return f"_{self.cache}" if self.halves else ""
+        return "" if self.cache == "f32" else f"_{self.cache}"
 
     def _plus(
         self,
@@ -418,8 +504,11 @@ class Tile:
         return 1 << most.bit_length() - 1
 
     def _waits(self, rows: int) -> bool:
-        """Whether some rows are so few that reading what they are multiplied with takes longer than multiplying."""
-        return 3 * rows <= 2 * self.rows
+        """Whether some rows are so few that reading what they are multiplied with takes longer than multiplying.
+
+        What was unpacked is in a first-level cache.
+        """
+        return not self.codes and 3 * rows <= 2 * self.rows
 
     def _by_height(self, name: str, pointers: Mapping[str, str], emit: Callable[..., None]) -> ir.GlobalVar:
         """A function (height, *pointers, count) that calls one for as many rows or more, whose body `emit` writes.
@@ -458,16 +547,6 @@ class Tile:
             least([*(rows for rows in _HEIGHTS if rows < self.rows), self.rows])
 
         return inner(f"{name}_d{self.dim}{self._suffix}", (self.machine,), choose, entry=True)
-
-
-def fold(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
-    """All lanes of a vector combined to one, by halves."""
-    lanes = LANES
-    while lanes > 1:
-        lanes //= 2
-        halves = [T.Shuffle([vector], list(range(first, first + lanes))) for first in (0, lanes)]
-        vector = b.let("half", combine(*halves))
-    return vector
 
 
 def _in_turns(count: Expr, step: Callable[[Expr], None]) -> None:

@@ -56,7 +56,7 @@ class Attention(nn.Module):
         Returns:
             [batch, seq, heads * head_dim].
         """
-        k_cache, v_cache = step.caches[self.site]
+        cache = step.caches[self.site]
         append = Append(
             self.heads, self.kv_heads, self.head_dim, rope=self.rope is not None, cache=self.cache
         )
@@ -64,12 +64,12 @@ class Attention(nn.Module):
         first = 1 + len(tables)
         queries = step.launch(
             append,
-            [qkv, *tables, k_cache, v_cache, step.kv_len],
+            [qkv, *tables, *cache, step.kv_len],
             [step.batch, step.seq, self.heads, self.head_dim],
-            in_place=[first, first + 1],
+            in_place=range(first, first + len(cache)),
         )
         attend = AttentionProblem(
             self.heads, self.kv_heads, self.head_dim, self.scale, self.window, self.cache
         )
         shape = [step.batch, step.seq, self.heads * self.head_dim]
-        return step.launch(attend, [queries, k_cache, v_cache, step.kv_len], shape)
+        return step.launch(attend, [queries, *cache, step.kv_len], shape)

@@ -21,7 +21,7 @@ class Step:
         batch: Sequences; all have the same length.
         seq: Query tokens of this call; 1 in decode.
         kv_len: Tokens in the cache after this call.
-        caches: Key and value cache of each attention site; updated in place.
+        caches: The tensors of each attention site's cache, updated in place.
         machine: What kernels are generated for.
         kernels: The module's kernels so far, shared by all of its functions.
     """
@@ -29,7 +29,7 @@ class Step:
     batch: Any
     seq: Any
     kv_len: Any
-    caches: Mapping[str, tuple[relax.Expr, relax.Expr]]
+    caches: Mapping[str, Sequence[relax.Expr]]
     machine: Machine
     kernels: dict[Problem, ir.GlobalVar]
     _shared: dict[Problem, nn.Tensor] = field(default_factory=dict)

@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy.typing as npt
 
-from relax_llm.artifact.kv_cache import CACHE_DTYPES, decode_keys, decode_values, encode_keys, encode_values
+from relax_llm.artifact.kv_cache import CACHE_DTYPES, decode, encode
 from relax_llm.runtime.launch import Launch
 
 Array = npt.NDArray[Any]
+
+TOKENS = ("k_cache", "v_cache")
+"""What an append has written beside its output, whatever tensors hold it."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Result:
     """One thing that a launch writes.
 
     Attributes:
-        name: "" for an output, else "k_cache" or "v_cache".
+        name: "" for an output, else one of `TOKENS`.
         value: A view of the output; of a cache a copy of what is in use, [batch, kv_heads, kv_len, head_dim].
     """
 
@@ -29,9 +32,8 @@ def results(launch: Launch) -> list[Result]:
     """Everything that a launch writes, which has been made."""
     found = [Result("", output) for output in launch.outputs]
     if launch.operator == "append":
-        kv_len = launch.sizes["kv_len"]
-        head_dim = _head_dim(launch)
-        found += [Result(kind, tokens_of(kind, cache, head_dim, kv_len)) for kind, cache in _caches(launch)]
+        both = decoded(*_cache(launch), launch.sizes["kv_len"])
+        found += [Result(name, tokens) for name, tokens in both.items()]
     return found
 
 
@@ -47,10 +49,14 @@ def overwrite(launch: Launch, values: Sequence[Array | None]) -> None:
         if value is not None:
             output[...] = value
     if launch.operator == "append":
-        head_dim = _head_dim(launch)
-        for (kind, cache), value in zip(_caches(launch), values[len(outputs) :], strict=True):
+        format, cache, head_dim = _cache(launch)
+        kv_len = launch.sizes["kv_len"]
+        whole = [tokens.copy() for tokens in decode(format, cache, head_dim)]
+        for tokens, value in zip(whole, values[len(outputs) :], strict=True):
             if value is not None:
-                _put_tokens(kind, cache, value, head_dim, launch.sizes["kv_len"])
+                tokens[:, kv_len - value.shape[2] : kv_len] = value.swapaxes(1, 2)
+        for name, array in encode(format, *whole).items():
+            cache[name][...] = array
 
 
 def residual_of(launch: Launch, problem: Mapping[str, Any]) -> Array | None:
@@ -63,37 +69,19 @@ def residual_of(launch: Launch, problem: Mapping[str, Any]) -> Array | None:
     return next((value for value in given if value.shape == shape), None)
 
 
-def tokens_of(kind: str, cache: Array, head_dim: int, kv_len: int) -> Array:
-    """The first tokens of a cache as floats: [batch, kv_heads, kv_len, head_dim]."""
-    tokens: Array = _decoded(kind, cache, head_dim)[:, :kv_len].swapaxes(1, 2)
-    return tokens
+def decoded(format: str, cache: Mapping[str, Array], head_dim: int, kv_len: int) -> dict[str, Array]:
+    """The first tokens of a layer's cache as floats, [batch, kv_heads, kv_len, head_dim], by the names in `TOKENS`."""
+    both = decode(format, cache, head_dim)
+    return {name: tokens[:, :kv_len].swapaxes(1, 2) for name, tokens in zip(TOKENS, both, strict=True)}
 
 
-def _put_tokens(kind: str, cache: Array, values: Array, head_dim: int, kv_len: int) -> None:
-    tokens = _decoded(kind, cache, head_dim).copy()
-    tokens[:, kv_len - values.shape[2] : kv_len] = values.swapaxes(1, 2)
-    cache[...] = (encode_keys if kind == "k_cache" else encode_values)(_format(cache), tokens)
-
-
-def _decoded(kind: str, cache: Array, head_dim: int) -> Array:
-    if kind == "k_cache":
-        return decode_keys(_format(cache), cache, head_dim)
-    return decode_values(_format(cache), cache)
-
-
-def _format(cache: Array) -> str:
-    return next(format for format, dtype in CACHE_DTYPES.items() if dtype == cache.dtype.name)
-
-
-def _head_dim(launch: Launch) -> int:
-    """Channels of a head, which a cache of keys alone does not tell."""
-    values = next(cache for kind, cache in _caches(launch) if kind == "v_cache")
-    return int(decode_values(_format(values), values[:1, :1, :1]).shape[3])
-
-
-def _caches(launch: Launch) -> list[tuple[str, Array]]:
-    return [
-        (operand.name.rpartition(".")[2], operand.value)
+def _cache(launch: Launch) -> tuple[str, dict[str, Array], int]:
+    """Format, tensors by their kernels' names, and channels of a head."""
+    cache = {
+        operand.name.rpartition(".")[2]: operand.value
         for operand in launch.arguments
         if operand.role == "cache"
-    ]
+    }
+    values = cache["v_cache"]
+    format = next(format for format, dtype in CACHE_DTYPES.items() if dtype == values.dtype.name)
+    return format, cache, values.shape[4]  # [batch, kv_heads, tiles, TILE or half of that, head_dim, ...]

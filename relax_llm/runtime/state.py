@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, cache_shapes
+from relax_llm.artifact.kv_cache import GRANULE, TILE, cache_tensors
 from relax_llm.artifact.manifest import Cache
 from relax_llm.artifact.weights import dtype_of
 from relax_llm.errors import ContextLengthError, InputError
@@ -159,9 +159,9 @@ class State:
     def _grow(self, capacity: int) -> None:
         tiles, used = capacity // TILE, -(-self._length // TILE)
         kinds = [
-            (shape, dtype_of(CACHE_DTYPES[layer.format]))
+            (tensor.shape, dtype_of(tensor.dtype))
             for layer in self._layers
-            for shape in cache_shapes(layer.format, self.batch, layer.kv_heads, tiles, layer.head_dim)
+            for tensor in cache_tensors(layer.format, self.batch, layer.kv_heads, tiles, layer.head_dim)
         ]
         ends = np.cumsum([0, *(math.prod(shape) * kind.itemsize for shape, kind in kinds)])
         memory = self._pages.take(int(ends[-1]))  # of all layers, for large pages

@@ -85,6 +85,21 @@ def test_bf16_differs_a_little_everywhere_and_is_within_its_bounds(families: dic
     assert max(call.logits.relative for call in found.calls) < 0.05
 
 
+@pytest.mark.parametrize("kv_cache", ["bf16", "q8"])
+def test_a_smaller_cache_differs_where_it_is_written_and_read(
+    families: dict[str, Path], kv_cache: str
+) -> None:
+    whole, small = (
+        rl.compile(families["llama"], kv_cache=format, target=PLAINER) for format in ("f32", kv_cache)
+    )
+    found = rl.compare(small, whole, length=20)
+    assert found.agrees
+    for site in found.sites:
+        if site.operator in ("append", "attention"):
+            assert 1e-4 < site.local.relative < site.bound
+    assert all(1e-12 < call.divergence < 1e-2 for call in found.calls)
+
+
 def _twice(launch: Launch) -> None:
     launch.outputs[0][0, -1, ...] *= 1.01
 

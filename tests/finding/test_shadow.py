@@ -84,10 +84,13 @@ def test_the_standard_agrees_with_every_operator(family: tuple[Path, rl.Artifact
     assert "float64 agrees at" in str(shadow)
 
 
-@pytest.mark.parametrize("weights", ["bf16", "q4"])
-def test_the_standard_reads_packed_weights(families: dict[str, Path], weights: str) -> None:
+@pytest.mark.parametrize(("weights", "kv_cache"), [("bf16", "auto"), ("q4", "auto"), ("f32", "q8")])
+def test_the_standard_reads_packed_weights_and_caches(
+    families: dict[str, Path], weights: str, kv_cache: str
+) -> None:
     """Of a narrow format no more is asked than of f32: the standard has the same weights."""
-    runner = rl.Runner(rl.compile(families["llama"], weights=weights, target=PLAINER))
+    artifact = rl.compile(families["llama"], weights=weights, kv_cache=kv_cache, target=PLAINER)
+    runner = rl.Runner(artifact)
     with runner.shadow("*", rl.float64) as shadow:
         run(runner)
     assert shadow.first is None

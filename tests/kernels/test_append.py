@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, cache_shapes, decode_keys, decode_values
+from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, CacheTensor, cache_tensors, decode
 from relax_llm.kernels.cache import Append
 
 from ..tolerances import UNIT, assert_within
@@ -56,23 +56,29 @@ def _rotate(x: Array, table: Array) -> tuple[Array, Array]:
     return rotated, 3 * UNIT["float32"] * magnitude
 
 
-def _flat_keys(problem: Append, cache: Array) -> Array:
-    """Keys as [batch, positions, kv_heads, head_dim]."""
-    return decode_keys(problem.cache, cache, problem.head_dim)
+def _flat(problem: Append, cache: Sequence[Array]) -> tuple[Array, Array]:
+    """Keys and values as [batch, positions, kv_heads, head_dim]."""
+    names = [tensor.name for tensor in _tensors(problem, 1, 1)]
+    return decode(problem.cache, dict(zip(names, cache, strict=True)), problem.head_dim)
 
 
-def _flat_values(problem: Append, cache: Array) -> Array:
-    """Values as [batch, positions, kv_heads, head_dim]."""
-    return decode_values(problem.cache, cache)
+def _tensors(problem: Append, batch: int, tiles: int) -> Sequence[CacheTensor]:
+    return cache_tensors(problem.cache, batch, problem.kv_heads, tiles, problem.head_dim)
+
+
+def _half_step(cache: str, right: Array) -> Array:
+    """How far a number may be from what a cache holds of it."""
+    if cache == "q8":  # half a code, and what rounding the scale and its inverse adds
+        return np.asarray(np.abs(right).max(axis=-1, keepdims=True) / 127 * (0.5 + 1e-4))
+    return np.asarray(np.abs(right) * (2.0**-8 if cache == "bf16" else 0.0))
 
 
 def _check(problem: Append, on: str, batch: int, chunks: Sequence[int]) -> None:
     """Append chunk after chunk; after each, look at every position of the caches and at the queries."""
     total = sum(chunks)
     tiles = -(-total // GRANULE) * GRANULE // TILE
-    shapes = cache_shapes(problem.cache, batch, problem.kv_heads, tiles, problem.head_dim)
-    k_cache, v_cache = (_poisoned(shape, CACHE_DTYPES[problem.cache]) for shape in shapes)
-    before = {"keys": _flat_keys(problem, k_cache), "values": _flat_values(problem, v_cache)}
+    cache = [_poisoned(tensor.shape, tensor.dtype) for tensor in _tensors(problem, batch, tiles)]
+    before = dict(zip(("keys", "values"), _flat(problem, cache), strict=True))
     qkv = random(batch, total, problem.width)
     table = random(total, 2, problem.head_dim // 2, seed=1)
     expected_q, expected_k, expected_v = _split(problem, qkv)
@@ -86,14 +92,12 @@ def _check(problem: Append, on: str, batch: int, chunks: Sequence[int]) -> None:
         kv_len += seq
         tables = [table[now]] if problem.rope else []
         out = Out((batch, seq, problem.heads, problem.head_dim))
-        caches = InOut(k_cache), InOut(v_cache)
-        k_cache, v_cache, q = launch(problem, on, qkv[:, now], *tables, *caches, kv_len, out)
+        *cache, q = launch(problem, on, qkv[:, now], *tables, *map(InOut, cache), kv_len, out)
         what = f"{problem.name}, {seq} up to {kv_len}"
         assert_within(q, expected_q[:, now], allowed_q[:, now], f"{what}: queries")
-        keys, values = _flat_keys(problem, k_cache), _flat_values(problem, v_cache)
-        half_step = 2.0**-8 if problem.cache == "bf16" else 0.0
+        keys, values = _flat(problem, cache)
         right_k, right_v = expected_k[:, :kv_len], expected_v[:, :kv_len]
-        rounded = [np.abs(right) * half_step for right in (right_k, right_v)]
+        rounded = [_half_step(problem.cache, right) for right in (right_k, right_v)]
         assert_within(keys[:, :kv_len], right_k, allowed_k[:, :kv_len] + rounded[0], f"{what}: keys")
         assert_within(values[:, :kv_len], right_v, rounded[1], f"{what}: values")
         if problem.cache == "bf16":  # to nearest, exactly
@@ -145,12 +149,11 @@ def test_what_bf16_rounds_to(on: str) -> None:
     ).view(np.float32)  # fmt: skip
     problem = Append(1, 1, len(given), rope=False, cache="bf16")
     qkv = np.concatenate([given] * 3).reshape(1, 1, -1)
-    shapes = cache_shapes("bf16", 1, 1, GRANULE // TILE, len(given))
-    caches = (InOut(_poisoned(shape, "uint16")) for shape in shapes)
-    k_cache, v_cache, _ = launch(problem, on, qkv, *caches, 1, Out((1, 1, 1, len(given))))
+    cache = [_poisoned(tensor.shape, tensor.dtype) for tensor in _tensors(problem, 1, GRANULE // TILE)]
+    *cache, _ = launch(problem, on, qkv, *map(InOut, cache), 1, Out((1, 1, 1, len(given))))
     with np.errstate(over="ignore", invalid="ignore"):
         expected = given.astype(ml_dtypes.bfloat16).astype(np.float32)
-    for cached in (_flat_keys(problem, k_cache)[0, 0, 0], _flat_values(problem, v_cache)[0, 0, 0]):
+    for cached in (tokens[0, 0, 0] for tokens in _flat(problem, cache)):
         np.testing.assert_array_equal(cached, expected)
         np.testing.assert_array_equal(np.signbit(cached), np.signbit(expected) & ~np.isnan(expected))
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
-from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, encode_keys, encode_values
+from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, decode, encode
 from relax_llm.kernels.attention import Attention
 
 from ..tolerances import EXP, assert_within, reduction
@@ -55,18 +54,19 @@ LATER = (
 """Decodes and later chunks."""
 
 
-def _layout(cache: str, keys: Array, values: Array, tiles: int) -> tuple[Array, Array]:
-    """[batch, kv_len, kv_heads, head_dim] -> the caches; what lies behind kv_len is NaN."""
+def _layout(cache: str, keys: Array, values: Array, tiles: int) -> dict[str, Array]:
+    """[batch, kv_len, kv_heads, head_dim] -> the tensors of the cache; what lies behind kv_len is NaN."""
     batch, kv_len, kv_heads, dim = keys.shape
     padded = np.full((2, batch, tiles * TILE, kv_heads, dim), SENTINEL, np.uint32).view(np.float32)
     padded[0, :, :kv_len], padded[1, :, :kv_len] = keys, values
-    return encode_keys(cache, padded[0]), encode_values(cache, padded[1])
+    return encode(cache, padded[0], padded[1])
 
 
 def _reference(problem: Attention, q: Array, keys: Array, values: Array) -> tuple[Array, Array]:
     """Softmax attention in float64, and how far each element may be missed; keys and values as the cache has them."""
-    if problem.cache == "bf16":
-        keys, values = (x.astype(ml_dtypes.bfloat16).astype(np.float32) for x in (keys, values))
+    tiles = -(-keys.shape[1] // TILE)
+    kept = decode(problem.cache, _layout(problem.cache, keys, values, tiles), problem.head_dim)
+    keys, values = (x[:, : keys.shape[1]] for x in kept)
     batch, seq, heads, dim = q.shape
     kv_len, group = keys.shape[1], heads // problem.kv_heads
     q, keys, values = (x.astype(np.float64) for x in (q, keys, values))
@@ -84,7 +84,7 @@ def _reference(problem: Attention, q: Array, keys: Array, values: Array) -> tupl
     # A score that is missed by e makes its weight wrong by a factor e**e, and all others through their sum. Scores far
     # below the maximum weigh nothing, so theirs do not count; each block may rescale what came before it.
     heavy = np.where(visible & (weights > 1e-12), scale, 0.0).max(axis=-1)  # [batch, heads, seq]
-    rounded = 2.0**-8 if problem.cache == "bf16" else 0.0  # queries, and weights
+    rounded = 0.0 if problem.cache == "f32" else 2.0**-8  # queries, and weights
     missed = np.expm1(2 * (reduction("float32", dim) + rounded) * heavy)
     relative = missed + EXP * (2 + math.sqrt(kv_len / GRANULE)) + reduction("float32", kv_len) + rounded
     magnitude = np.einsum("bhst,bthd->bshd", weights, np.abs(values))
@@ -94,9 +94,9 @@ def _reference(problem: Attention, q: Array, keys: Array, values: Array) -> tupl
 
 def _run(problem: Attention, on: str, q: Array, keys: Array, values: Array, spare: int = 0) -> Array:
     tiles = (-(-keys.shape[1] // GRANULE) + spare) * GRANULE // TILE
-    k_cache, v_cache = _layout(problem.cache, keys, values, tiles)
+    cache = _layout(problem.cache, keys, values, tiles).values()
     shape = (*q.shape[:2], q.shape[2] * q.shape[3])
-    (out,) = launch(problem, on, q, k_cache, v_cache, keys.shape[1], Out(shape))
+    (out,) = launch(problem, on, q, *cache, keys.shape[1], Out(shape))
     return out
 
 
@@ -139,14 +139,17 @@ def test_head_dims(on: str, head_dim: int) -> None:
 
 
 @machines
+@pytest.mark.parametrize("cache", ["bf16", "q8"])
 @pytest.mark.parametrize(
     ("heads", "head_dim", "window"),
     [((9, 3), 64, None), ((3, 1), 7, None), ((1, 1), 1, None), ((6, 2), 40, 65), ((8, 2), 33, 5)],
     ids=str,
 )
-def test_a_cache_in_bf16(on: str, heads: tuple[int, int], head_dim: int, window: int | None) -> None:
+def test_smaller_caches(
+    on: str, heads: tuple[int, int], head_dim: int, window: int | None, cache: str
+) -> None:
     """Odd positions and odd channels are halves of words, of which the other half is not theirs."""
-    problem = _problem(heads, head_dim, window, "bf16")
+    problem = _problem(heads, head_dim, window, cache)
     for seq, kv_len in (*BORDERS, *LATER):
         _check(problem, on, 2 if seq == 1 else 1, seq, kv_len, spare=kv_len % 2)
 

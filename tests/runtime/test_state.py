@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, cache_shapes
+from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, cache_tensors
 from relax_llm.artifact.manifest import Cache
 from relax_llm.artifact.weights import aligned
 from relax_llm.errors import ContextLengthError, InputError
@@ -59,15 +59,14 @@ def test_caches_have_the_shapes_and_types_of_their_format(format: str) -> None:
     layers = [replace(layer, format=format) for layer in CACHES]
     state = State(layers, 3, 256)
     expected = [
-        (shape, CACHE_DTYPES[format])
+        (tensor.shape, tensor.dtype)
         for layer in layers
-        for shape in cache_shapes(format, 3, layer.kv_heads, 128 // TILE, layer.head_dim)
+        for tensor in cache_tensors(format, 3, layer.kv_heads, 128 // TILE, layer.head_dim)
     ]
     caches = state.reserve(65)
     assert [(tuple(cache.shape), str(cache.dtype)) for cache in caches] == expected
     assert all(cache.data_ptr() % 64 == 0 for cache in caches)
-    itemsize = {"f32": 4, "bf16": 2}[format]
-    assert state.nbytes == sum(math.prod(shape) for shape, _ in expected) * itemsize
+    assert state.nbytes == sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in expected)
     grown = state.fork()
     assert grown.capacity == state.capacity
 

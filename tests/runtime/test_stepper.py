@@ -50,12 +50,21 @@ def test_bitwise_as_a_plain_run(model: rl.Runner, length: int, selection: Any) -
 
 
 @pytest.mark.parametrize(
-    ("weights", "family"),
-    [("bf16", LLAMA), ("bf16", GPT2), ("f16", GPT2), ("q8", LLAMA), ("q4", GPT2), ("q4s", LLAMA)],
+    ("weights", "kv_cache", "family"),
+    [
+        ("bf16", "auto", LLAMA),
+        ("bf16", "auto", GPT2),
+        ("f16", "auto", GPT2),
+        ("q8", "q8", LLAMA),
+        ("q4", "auto", GPT2),
+        ("q4s", "auto", LLAMA),
+    ],
     ids=["bf16-llama", "bf16-gpt2", "f16-gpt2", "q8-llama", "q4-gpt2", "q4s-llama"],
 )
-def test_bitwise_in_every_weight_format(weights: str, family: dict[str, Any], tmp_path: Path) -> None:
-    artifact = rl.compile(write(tmp_path / "checkpoint", roomy(family)), weights=weights)
+def test_bitwise_in_every_weight_format(
+    weights: str, kv_cache: str, family: dict[str, Any], tmp_path: Path
+) -> None:
+    artifact = rl.compile(write(tmp_path / "checkpoint", roomy(family)), weights=weights, kv_cache=kv_cache)
     for runner in (rl.Runner(artifact), rl.Runner(artifact, selection="pinned")):
         ids = np.random.default_rng(0).integers(0, runner.vocab_size, 300)
         for length in (1, 17, 300):

@@ -100,7 +100,7 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
             top = b.let("top", m * start // tiles)
             kept = None
             if not operands.direct:
-                kept = b.local((_TILES * _ROWS if parts > 1 else _ROWS, cols))
+                kept = b.stack((_TILES * _ROWS if parts > 1 else _ROWS, cols))
             with T.serial(parts) as part, T.serial(own) as i:
                 first = b.let("first", m * (start + i) // tiles)
                 height = b.let("height", m * (start + i + 1) // tiles - first)

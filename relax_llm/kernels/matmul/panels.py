@@ -31,7 +31,7 @@ def by_panel(parts: Parts, x_at: Callable[[Expr, Expr], Expr]) -> None:
         top = b.let("top", m * start // tiles)
         memory = None
         if not operands.direct:
-            memory = b.local((most * tile.rows if count > 1 else tile.rows, tile.cols))
+            memory = b.stack((most * tile.rows if count > 1 else tile.rows, tile.cols))
 
         with T.serial(count) as part, T.serial(own) as i:
             first = b.let("first", m * (start + i) // tiles)

@@ -11,6 +11,7 @@ from tvm.tirx.script.builder import ir as T
 from relax_llm.formats import Blocks
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.codes import inverse_of, magnitude, rounded
 from relax_llm.kernels.inner import inner, memory, number, pointer
 from relax_llm.kernels.machine import LANES, Machine
 
@@ -27,8 +28,6 @@ PLANES = {"int8": 1, "int16": 2}
 MOST = {1: 127, 2: 127 << 8}
 """The largest code, by its bytes."""
 
-_MAGIC = 12582912.0  # 1.5 * 2**23: added to a small number, it leaves the number rounded in the lowest bits
-_LEAST = 7 << 23  # the bits of 2**-120: what is smaller has no inverse, and counts as 0
 _FAR = 1 << 20
 
 
@@ -52,21 +51,14 @@ def quantize(format: Blocks, planes: int, machine: Machine) -> ir.GlobalVar:
         groups = number("groups")
         x, codes = memory(x_at, (_FAR,)), memory(codes_at, (_FAR,), "int8")
         beside, begins = memory(beside_at, (_FAR,)), memory(beside_at, (_FAR,), "int32")
-        magnitude = T.broadcast(T.int32(0x7FFFFFFF), LANES)
         with T.serial(groups) as group:
             halves = [T.Bind(b.load(x, group * GROUP + start)) for start in range(0, GROUP, LANES)]
-            bits = [T.bitwise_and(_as_integers(half), magnitude) for half in halves]
-            # As integers: these are in the order of the magnitudes, and NaN is larger than all.
-            word = T.Bind(_reduced("smax", T.max(bits[0], bits[1])))
-            largest = T.Bind(T.reinterpret("float32", word))
-            inverse = T.Bind(T.if_then_else(word < _LEAST, T.float32(0), T.float32(most) / largest))
-            scale = T.Bind(largest / T.float32(most))
+            word = T.Bind(_reduced("smax", T.max(*map(magnitude, halves))))
+            inverse = T.Bind(inverse_of(word, most))
+            scale = T.Bind(T.reinterpret("float32", word) / T.float32(most))
             whole = []
             for index, half in enumerate(halves):
-                moved = _as_integers(half * b.splat(inverse) + b.splat(_MAGIC)) - _as_integers(
-                    b.splat(_MAGIC)
-                )
-                whole.append(T.Bind(moved))
+                whole.append(T.Bind(rounded(half * b.splat(inverse))))
                 parts = [whole[-1]]
                 if planes == 2:
                     high = T.Bind(_shifted(T.shift_right, whole[-1] + T.broadcast(T.int32(128), LANES)))
@@ -82,11 +74,6 @@ def quantize(format: Blocks, planes: int, machine: Machine) -> ir.GlobalVar:
                 b.put(begins, total * T.int32(-format.zero), group * BESIDE + 1)
 
     return inner(f"quantize_int{8 * planes}_for_{format.name}", (machine,), emit)
-
-
-def _as_integers(vector: Expr) -> Expr:
-    """The bits of a vector of f32."""
-    return T.reinterpret(f"int32x{LANES}", vector)
 
 
 def _shifted(shift: Expr, vector: Expr) -> Expr:

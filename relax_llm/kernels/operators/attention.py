@@ -6,16 +6,7 @@ import numpy as np
 from tvm import te, tirx
 from tvm.tirx import PrimFunc
 
-from relax_llm.artifact.kv_cache import (
-    CACHE_DTYPES,
-    GRANULE,
-    TILE,
-    cache_shapes,
-    decode_keys,
-    decode_values,
-    encode_keys,
-    encode_values,
-)
+from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, cache_tensors, decode, encode
 from relax_llm.kernels.attention import Attention
 from relax_llm.kernels.halves import from_bf16
 from relax_llm.kernels.layout import Layout
@@ -36,13 +27,11 @@ _HEAVY = 1e-12  # Softmax weights below it do not matter, nor does how far their
 
 
 def operands(problem: Attention, layout: Layout | None) -> tuple[Operand, ...]:
-    """(q [batch, seq, heads, head_dim], k_cache, v_cache, kv_len, out [batch, seq, heads * head_dim])."""
-    keys, values = cache_shapes(problem.cache, "batch", problem.kv_heads, "tiles", problem.head_dim)
-    dtype = CACHE_DTYPES[problem.cache]
+    """(q [batch, seq, heads, head_dim], the cache, kv_len, out [batch, seq, heads * head_dim])."""
+    cache = cache_tensors(problem.cache, "batch", problem.kv_heads, "tiles", problem.head_dim)
     return (
         Operand("q", ("batch", "seq", problem.heads, problem.head_dim)),
-        Operand("k_cache", keys, dtype),
-        Operand("v_cache", values, dtype),
+        *(Operand(tensor.name, tensor.shape, tensor.dtype) for tensor in cache),
         Operand("kv_len", (), "int64", "size"),
         Operand("out", ("batch", "seq", problem.heads * problem.head_dim), role="output"),
     )
@@ -52,20 +41,29 @@ def definition(problem: Attention) -> PrimFunc:
     """Plain loops: blocks "scores", "masked", "largest", "weights", "total", "weighted" and "attended"."""
     batch, seq, tiles, kv_len = (tirx.Var(name, "int64") for name in ("batch", "seq", "tiles", "kv_len"))
     heads, dim, group = problem.heads, problem.head_dim, problem.heads // problem.kv_heads
-    keys, values = cache_shapes(problem.cache, batch, problem.kv_heads, tiles, dim)
-    dtype = CACHE_DTYPES[problem.cache]
     q = te.placeholder((batch, seq, heads, dim), name="q")
-    k_cache, v_cache = te.placeholder(keys, dtype, "k_cache"), te.placeholder(values, dtype, "v_cache")
+    cache = {
+        tensor.name: te.placeholder(tensor.shape, tensor.dtype, tensor.name)
+        for tensor in cache_tensors(problem.cache, batch, problem.kv_heads, tiles, dim)
+    }
+
+    def cached(
+        which: str, b: tirx.Var, h: tirx.Expr, t: tirx.Var, first: tirx.Var, second: tirx.Var
+    ) -> tirx.Expr:
+        """What lies at a place of a tile, as a number."""
+        array = cache[f"{which}_cache"]
+        if problem.cache == "bf16":
+            return from_bf16(array[b, h, t // TILE, first // 2, second, first % 2])
+        if problem.cache == "q8":
+            code = tirx.Cast("float32", array[b, h, t // TILE, first, second])
+            return code * cache[f"{which}_scale"][b, h, t // TILE, t % TILE]
+        return array[b, h, t // TILE, first, second]
 
     def key(b: tirx.Var, h: tirx.Expr, t: tirx.Var, d: tirx.Var) -> tirx.Expr:
-        if problem.cache == "bf16":
-            return from_bf16(k_cache[b, h, t // TILE, d // 2, t % TILE, d % 2])
-        return k_cache[b, h, t // TILE, d, t % TILE]
+        return cached("k", b, h, t, d, t % TILE)
 
     def value(b: tirx.Var, h: tirx.Expr, t: tirx.Var, c: tirx.Var) -> tirx.Expr:
-        if problem.cache == "bf16":
-            return from_bf16(v_cache[b, h, t // TILE, t % TILE // 2, c, t % 2])
-        return v_cache[b, h, t // TILE, t % TILE, c]
+        return cached("v", b, h, t, t % TILE, c)
 
     d = te.reduce_axis((0, dim), name="d")
     at, over, of = (te.reduce_axis((0, kv_len), name=name) for name in ("t_max", "t_sum", "t"))
@@ -100,22 +98,18 @@ def definition(problem: Attention) -> PrimFunc:
         lambda b, s, c: weighted[b, s, c // dim, c % dim] / total[b, c // dim, s],
         name="attended",
     )
-    func = te.create_prim_func([q, k_cache, v_cache, kv_len, out])
+    func = te.create_prim_func([q, *cache.values(), kv_len, out])
     return tag(func.with_attr("global_symbol", f"loops_{problem.name}"), problem)
 
 
 def inputs(problem: Attention, sizes: Sizes, rng: np.random.Generator, exact: bool) -> dict[str, Array]:
-    """Normal numbers; what lies in the caches behind kv_len is NaN."""
+    """Normal numbers; what lies in the caches behind kv_len is NaN, in q8 by its scales."""
     q = (sizes["batch"], sizes["seq"], problem.heads, problem.head_dim)
     cached = (sizes["batch"], sizes["tiles"] * TILE, problem.kv_heads, problem.head_dim)
-    made = {name: rng.standard_normal(cached, np.float32) for name in ("k_cache", "v_cache")}
-    for array in made.values():
+    keys, values = (rng.standard_normal(cached, np.float32) for _ in range(2))
+    for array in (keys, values):
         array[:, sizes["kv_len"] :] = np.nan
-    return {
-        "q": rng.standard_normal(q, np.float32),
-        "k_cache": encode_keys(problem.cache, made["k_cache"]),
-        "v_cache": encode_values(problem.cache, made["v_cache"]),
-    }
+    return {"q": rng.standard_normal(q, np.float32), **encode(problem.cache, keys, values)}
 
 
 def expected(
@@ -126,14 +120,14 @@ def expected(
     A score that is missed by e makes its weight wrong by a factor exp(e), and all others through their sum; scores far
     below the maximum weigh nothing, so theirs do not count. Each block may rescale what came before it.
 
-    Over a cache in bf16 queries and weights may be rounded, too, each by half a step of its own.
+    Over a cache in bf16 or q8 queries and weights may be rounded to bf16, too, each by half a step of its own.
     """
     kv_len, seq, dim = sizes["kv_len"], sizes["seq"], problem.head_dim
     group = problem.heads // problem.kv_heads
     q = values["q"].astype(np.float64)
-    keys = decode_keys(problem.cache, values["k_cache"], dim)
-    cached = decode_values(problem.cache, values["v_cache"])
-    keys, cached = (np.repeat(x[:, :kv_len].astype(np.float64), group, axis=2) for x in (keys, cached))
+    keys, cached = (
+        np.repeat(x[:, :kv_len].astype(np.float64), group, axis=2) for x in decode(problem.cache, values, dim)
+    )
     scores = problem.scale * np.einsum("bshd,bthd->bhst", q, keys, optimize=True)
     scale = abs(problem.scale) * np.einsum("bshd,bthd->bhst", np.abs(q), np.abs(keys), optimize=True)
     query, position = np.arange(kv_len - seq, kv_len)[:, None], np.arange(kv_len)[None]
@@ -169,6 +163,9 @@ ATTENTION = Operator(
         Attention(9, 3, 64, 0.125, cache="bf16"),
         Attention(3, 1, 7, 7**-0.5, cache="bf16"),
         Attention(6, 2, 40, 40**-0.5, window=21, cache="bf16"),
+        Attention(9, 3, 64, 0.125, cache="q8"),
+        Attention(3, 1, 7, 7**-0.5, cache="q8"),
+        Attention(6, 2, 40, 40**-0.5, window=21, cache="q8"),
     ),
     benchmarks=tuple(
         Attention(heads, kv_heads, head_dim, head_dim**-0.5, cache=cache)
@@ -179,6 +176,6 @@ ATTENTION = Operator(
         Mistake({"heads": 3, "kv_heads": 2, "head_dim": 4, "scale": 1.0}, "share"),
         Mistake({"heads": 2, "kv_heads": 0, "head_dim": 4, "scale": 1.0}, "at least 1"),
         Mistake({"heads": 2, "kv_heads": 2, "head_dim": 4, "scale": 1.0, "window": 0}, "at least 1"),
-        Mistake({"heads": 2, "kv_heads": 2, "head_dim": 4, "scale": 1.0, "cache": "q8"}, "q8"),
+        Mistake({"heads": 2, "kv_heads": 2, "head_dim": 4, "scale": 1.0, "cache": "q4"}, "q4"),
     ),
 )
