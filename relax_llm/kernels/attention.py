@@ -170,17 +170,22 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
             positions = b.let("positions", T.min(own.latest + 1, after) - start)
             count = b.let("tiles", _ceil(positions, TILE))
             first_tile = b.let("first_tile", _floor(start, TILE))
+            key_scales, value_scales = [], []
             if memory.unpacked is None:
                 key = T.address_of(keys[pair, first_tile * shape.key_words])
                 value = T.address_of(values[pair, first_tile * shape.value_words])
-                key_scales, value_scales = [], []
+                asked = value, following(keys, shape.stored_keys, pair, block)
             else:
+                asked = tuple(
+                    following(cache, elements, pair, block)
+                    for cache, elements in ((keys, shape.stored_keys), (values, shape.stored_values))
+                )
                 slot = b.let("in_block", first_tile - block * (BLOCK // TILE))
                 key = memory.unpacked.keys(slot * shape.key_words)
                 value = memory.unpacked.values(slot * shape.value_words)
                 key_scales, value_scales = ([at(slot * TILE)] for at in memory.unpacked.scales)
             scores, weights = memory.scores, memory.weights
-            b.call(shape.scores, own.count, queries, key, value, *key_scales, scores, count)
+            b.call(shape.scores, own.count, queries, key, asked[0], *key_scales, scores, count)
             hidden = own.earliest - start < count * TILE - 1
             if window:
                 hidden = T.Or(hidden, own.latest - start >= window)
@@ -188,16 +193,16 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
                 b.call(shape.mask(group, window), own.count, scores, own.first, past - start, count)
             places = [scores, weights] if shape.pairs else [scores]
             b.call(shape.weights, own.count, *places, *value_scales, partial(0), count)
-            ahead = value if memory.unpacked else following(pair, block)
-            b.call(shape.weighted, own.count, weights, value, ahead, partial(shape.values_at(0)), positions)
+            sums = partial(shape.values_at(0))
+            b.call(shape.weighted, own.count, weights, value, asked[1], sums, positions)
 
-        def following(pair: Expr, block: Expr) -> Expr:
-            """What is read next: the keys of the block behind this one, or of the next head's first."""
+        def following(cache: Expr, elements: int, pair: Expr, block: Expr) -> Expr:
+            """What is read next of keys or values: those of the block behind this one, or of the next head's first."""
             after = b.let("after", (block + 1) * BLOCK)
             more = b.let("more", T.Cast("int64", after < kv_len))
             next_pair = T.min(pair + 1 - more, pairs - 1)
             next_tile = _floor(first_block * BLOCK + more * (after - first_block * BLOCK), TILE)
-            return T.address_of(keys[next_pair, next_tile * shape.stored_keys])
+            return T.address_of(cache[next_pair, next_tile * elements])
 
         def unpack(pair: Expr, block: Expr, begin: Expr, latest: Expr, memory: _Unpacked) -> None:
             """Unpack what is seen of a block, from the positions `begin` to `latest`, to its place there."""
@@ -207,9 +212,8 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
             slot = b.let("in_block", first - block * (BLOCK // TILE))
             key = T.address_of(keys[pair, first * shape.stored_keys])
             value = T.address_of(values[pair, first * shape.stored_values])
-            b.call(shape.unpack(dim, TILE), key, memory.keys(slot * shape.key_words), value, count)
-            next_key = following(pair, block)
-            b.call(shape.unpack(TILE, dim), value, memory.values(slot * shape.value_words), next_key, count)
+            b.call(shape.unpack(dim, TILE), key, memory.keys(slot * shape.key_words), count)
+            b.call(shape.unpack(TILE, dim), value, memory.values(slot * shape.value_words), count)
             for scale, kept in zip(scales, memory.kept_scales, strict=True):
                 with T.serial(count) as tile:
                     at = b.let("at", (first + tile) * TILE)

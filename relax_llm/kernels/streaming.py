@@ -41,7 +41,6 @@ _HEIGHTS = (1, 2, 3, 4, 6, 8, 10)
 _UNROLL = 2  # steps in a turn of a loop
 _PAIR = 2  # tiles of scores that become weights at once
 _MOST = 4  # vectors of a row that are summed at once, at most
-_LINE = 64
 _FAR = 1 << 20  # where a function does not know how much memory an address has
 
 
@@ -176,7 +175,7 @@ class Tile:
             scores(height, queries [height, dim], keys, ahead, scores [height, BLOCK], tiles)
             scores(height, queries [height, dim], keys, ahead, scales, scores [height, BLOCK], tiles)
 
-        Small tiles wait for memory, and ask for as much from the address `ahead` on as they read. All of a tile's rows
+        Small tiles wait for memory, and ask for as much of a cache from the address `ahead` on as they use. All of a tile's rows
         must hold numbers, more than `height` of them, too. Codes have `scales`, one for each position.
         """
 
@@ -188,14 +187,14 @@ class Tile:
                 memory(queries_at, (rows, self.query_words), self.query_dtype),
                 memory(out_at, (rows, BLOCK)),
             )
-            keys, ahead = (memory(at, (_FAR, steps, TILE), self.words) for at in (keys_at, ahead_at))
+            keys = memory(keys_at, (_FAR, steps, TILE), self.words)
 
             def some(first: Expr, vectors: int) -> None:
                 acc = b.Registers(rows, b.chunks(vectors * TILE))
 
                 def step(channel: Expr) -> None:
                     for t in range(vectors if self._waits(rows) else 0):
-                        b.prefetch(ahead, (first + t, channel, 0))
+                        self._ask(ahead_at, ((first + t) * steps + channel) * TILE)
                     for r, t, _, lanes in acc:
                         word = b.load(keys, first + t, channel, 0)
                         acc.set(r, t, self._plus(acc.get(r, t), queries, r, channel, word, lanes))
@@ -221,7 +220,7 @@ class Tile:
             {
                 "queries": self.query_dtype,
                 "keys": self.words,
-                "ahead": self.words,
+                "ahead": self.stored,
                 **({"scales": "float32"} if self.codes else {}),
                 "scores": "float32",
             },
@@ -243,14 +242,14 @@ class Tile:
             width = BLOCK // 2 if self.pairs else BLOCK
             weights = memory(weights_at, (rows, width), "int32" if self.pairs else "float32")
             out = memory(out_at, (rows, self.dim))
-            values, ahead = (memory(at, (_FAR, self.dim), self.words) for at in (values_at, ahead_at))
+            values = memory(values_at, (_FAR, self.dim), self.words)
 
             def some(first: Expr, vectors: list[tuple[int, int]]) -> None:
                 acc = b.Registers(rows, vectors)
 
                 def step(position: Expr, *, single: bool = False) -> None:
                     for start, _ in vectors if self._waits(rows) else ():
-                        b.prefetch(ahead, (position, first + start))
+                        self._ask(ahead_at, position * self.dim + first + start)
                     for r, i, start, lanes in acc:
                         value = b.load(values, position, first + start, lanes=lanes)
                         total = self._plus(acc.get(r, i), weights, r, position, value, lanes, single=single)
@@ -279,7 +278,7 @@ class Tile:
             {
                 "weights": "int32" if self.pairs else "float32",
                 "values": self.words,
-                "ahead": self.words,
+                "ahead": self.stored,
                 "sums": "float32",
             },
             emit,
@@ -384,20 +383,19 @@ class Tile:
 
         ::
 
-            unpack(codes [tiles, rows, width], words, ahead, tiles)
+            unpack(codes [tiles, rows, width], words, tiles)
 
-        A row behind an odd last one counts as 0. It asks for as much from the address `ahead` on as it reads.
+        A row behind an odd last one counts as 0.
         """
 
         def emit() -> None:
             codes_at, words_at = pointer("codes", "int8"), pointer("words", self.words)
-            ahead_at, tiles = pointer("ahead", "int8"), number("tiles")
+            tiles = number("tiles")
             each = -(-rows // 2) if self.halves else rows
             codes, words = (
                 memory(codes_at, (_FAR, rows, width), "int8"),
                 memory(words_at, (_FAR, each, width), self.words),
             )
-            ahead = memory(ahead_at, (_FAR,), "int8")
 
             def floats(tile: Expr, row: Expr, start: int, lanes: int) -> Expr:
                 kind = "float32" if lanes == 1 else f"float32x{lanes}"
@@ -410,8 +408,6 @@ class Tile:
                     b.store(words, pair_of_floats(low, high, lanes), tile, at, start, lanes=lanes)
 
             with T.serial(tiles) as tile:
-                with T.serial(-(-rows * width // _LINE)) as line:
-                    b.prefetch(ahead, tile * (rows * width) + line * _LINE)
                 if self.halves:
                     with T.serial(rows // 2) as at:
                         pair(tile, at, single=False)
@@ -504,11 +500,13 @@ class Tile:
         return 1 << most.bit_length() - 1
 
     def _waits(self, rows: int) -> bool:
-        """Whether some rows are so few that reading what they are multiplied with takes longer than multiplying.
+        """Whether some rows are so few that reading what they are multiplied with takes longer than multiplying."""
+        return 3 * rows <= 2 * self.rows
 
-        What was unpacked is in a first-level cache.
-        """
-        return not self.codes and 3 * rows <= 2 * self.rows
+    def _ask(self, ahead: Expr, word: Expr) -> None:
+        """Emit what asks for a word from an address in a cache on, or for the codes that it will be."""
+        codes = 2 if self.codes and self.halves else 1
+        b.prefetch(memory(ahead, (_FAR,), self.stored), word * codes)
 
     def _by_height(self, name: str, pointers: Mapping[str, str], emit: Callable[..., None]) -> ir.GlobalVar:
         """A function (height, *pointers, count) that calls one for as many rows or more, whose body `emit` writes.
