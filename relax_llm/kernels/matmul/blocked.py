@@ -33,7 +33,8 @@ def blocked(problem: Matmul, machine: Machine) -> PrimFunc:
         widest = -(-panels // groups)
 
         def task(index: Expr) -> None:
-            block, group = b.let("block", index // groups), b.let("group", index % groups)
+            group = b.let("group", T.truncdiv(index, blocks))
+            block = b.let("block", index - group * blocks)
             start = b.let("start", tiles * block // blocks)
             own = b.let("own", tiles * (block + 1) // blocks - start)
             top = b.let("top", m * start // tiles)

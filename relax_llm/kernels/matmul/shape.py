@@ -16,6 +16,7 @@ PIECE = _BLOCKED_STEPS + 16
 """Elements between rows of a piece of x: an odd number of cache lines, and one for all products of a library."""
 
 _TILES = 16  # at most in a block of rows
+_BLOCKED_TILES = 8  # so many that a piece of x takes a quarter of a second-level cache
 _FEWEST = 4  # in a block of rows: fewer would read the weight too often
 _BLOCK = 1 << 18  # f32 of x in a block of rows, where it is more than `_FEWEST` tiles
 _GROUP = 20  # panels at most in a group; twice as many where no sums are carried between parts
@@ -97,7 +98,8 @@ def tiled_blocking(problem: Matmul, machine: Machine) -> Blocking:
 def blocked_blocking(problem: Matmul, machine: Machine) -> Blocking:
     """The cuts of `blocked`."""
     steps = _steps(problem.k, _BLOCKED_STEPS)
-    return Blocking(tile_for(machine), problem.k, steps, _TILES, 2 * _GROUP if steps >= problem.k else _GROUP)
+    group = 2 * _GROUP if steps >= problem.k else _GROUP
+    return Blocking(tile_for(machine), problem.k, steps, _BLOCKED_TILES, group)
 
 
 def pairs_blocking(problem: Matmul, machine: Machine) -> Blocking:
