@@ -17,19 +17,15 @@ def magnitude(vector: Expr, lanes: int = LANES) -> Expr:
     return as_integers(vector, lanes) & _splat(0x7FFFFFFF, lanes)
 
 
-def inverse_of(largest: Expr, most: float) -> Expr:
+def inverse_of(largest: Expr, most: float, lanes: int = 1) -> Expr:
     """What numbers up to a magnitude, of which these are the bits, are multiplied by to become up to `most`."""
-    value = tirx.reinterpret("float32", largest)
-    return tirx.if_then_else(
-        largest < _LEAST, tirx.const(0.0, "float32"), tirx.const(most, "float32") / value
-    )
+    value = tirx.reinterpret("float32" if lanes == 1 else f"float32x{lanes}", largest)
+    return tirx.Select(largest < _splat(_LEAST, lanes), _floats(0.0, lanes), _floats(most, lanes) / value)
 
 
 def rounded(vector: Expr, lanes: int = LANES) -> Expr:
     """f32 of less than 2**22 rounded to nearest, ties to even, as int32."""
-    magic = tirx.const(_MAGIC, "float32")
-    moved = vector + (magic if lanes == 1 else tirx.Broadcast(magic, lanes))
-    return as_integers(moved, lanes) - _splat(_MAGIC_BITS, lanes)
+    return as_integers(vector + _floats(_MAGIC, lanes), lanes) - _splat(_MAGIC_BITS, lanes)
 
 
 def as_integers(vector: Expr, lanes: int = LANES) -> Expr:
@@ -39,4 +35,9 @@ def as_integers(vector: Expr, lanes: int = LANES) -> Expr:
 
 def _splat(value: int, lanes: int) -> Expr:
     scalar = tirx.const(value, "int32")
+    return scalar if lanes == 1 else tirx.Broadcast(scalar, lanes)
+
+
+def _floats(value: float, lanes: int) -> Expr:
+    scalar = tirx.const(value, "float32")
     return scalar if lanes == 1 else tirx.Broadcast(scalar, lanes)

@@ -175,8 +175,8 @@ class Tile:
             scores(height, queries [height, dim], keys, ahead, scores [height, BLOCK], tiles)
             scores(height, queries [height, dim], keys, ahead, scales, scores [height, BLOCK], tiles)
 
-        Small tiles wait for memory, and ask for as much of a cache from the address `ahead` on as they use. All of a tile's rows
-        must hold numbers, more than `height` of them, too. Codes have `scales`, one for each position.
+        Small tiles wait for memory, and ask for as much of a cache from the address `ahead` on as they use. All of a
+        tile's rows must hold numbers, more than `height` of them, too. Codes have `scales`, one for each position.
         """
 
         def emit(rows: int, queries_at: Expr, keys_at: Expr, ahead_at: Expr, *rest: Expr) -> None:

@@ -29,6 +29,7 @@ FORMATS_READ = frozenset(name for name, format in FORMATS.items() if isinstance(
 _ROWS = 6  # of a tile: with 32 columns, 12 vectors of integers and 12 of their sums
 _PART = 32  # groups of a panel that are multiplied at a time; they stay in a first-level cache
 _TILES = 64  # in a block of rows
+_AT_ONCE = 8  # rows that are quantized by one call
 _SERIAL = 1 << 14  # elements of x that one core quantizes sooner than two could begin
 _AHEAD = 4096  # bytes of weight that are asked for before they are needed
 _LINE = 64
@@ -63,6 +64,13 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
         beside = b.view(T.alloc_buffer((m * groups * BESIDE,), "float32"), (m, groups * BESIDE))
         encode = quantize(layout.blocks, planes, machine)
 
+        def some_rows(index: Expr) -> None:
+            """Quantize rows without a rest, whose groups follow each other."""
+            row = b.let("row", index * _AT_ONCE)
+            count = b.let("count", T.min(m - row, T.int64(_AT_ONCE)) * groups)
+            places = (T.address_of(matrix[row, 0]) for matrix in (x, codes, beside))
+            b.call(encode, *places, count)
+
         def row_task(row: Expr) -> None:
             if k >= GROUP:
                 b.call(
@@ -86,7 +94,11 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
                     T.int64(1),
                 )
 
-        b.tasks(m, row_task, serial_if=m * k <= _SERIAL, name="row")
+        small = m * k <= _SERIAL
+        if rest:
+            b.tasks(m, row_task, serial_if=small, name="row")
+        else:
+            b.tasks((m + (_AT_ONCE - 1)) // _AT_ONCE, some_rows, serial_if=small, name="rows")
 
         parts = -(-groups // _PART)
         tiles = b.let("tiles", (m + (_ROWS - 1)) // _ROWS)

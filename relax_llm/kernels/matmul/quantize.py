@@ -5,6 +5,9 @@ has two bytes, in int16. What a product needs beside the codes lies with them: t
 weights whose codes do not begin at zero.
 """
 
+import operator
+from collections.abc import Callable, Sequence
+
 from tvm import ir
 from tvm.tirx.script.builder import ir as T
 
@@ -49,15 +52,19 @@ def quantize(format: Blocks, planes: int, machine: Machine) -> ir.GlobalVar:
     def emit() -> None:
         x_at, codes_at, beside_at = pointer("x"), pointer("codes", "int8"), pointer("beside")
         groups = number("groups")
-        x, codes = memory(x_at, (_FAR,)), memory(codes_at, (_FAR,), "int8")
-        beside, begins = memory(beside_at, (_FAR,)), memory(beside_at, (_FAR,), "int32")
-        with T.serial(groups) as group:
-            halves = [T.Bind(b.load(x, group * GROUP + start)) for start in range(0, GROUP, LANES)]
-            word = T.Bind(_reduced("smax", T.max(*map(magnitude, halves))))
-            inverse = T.Bind(inverse_of(word, most))
-            scale = T.Bind(T.reinterpret("float32", word) / T.float32(most))
+        x, codes, beside = (
+            memory(x_at, (_FAR,)),
+            memory(codes_at, (_FAR,), "int8"),
+            memory(beside_at, (_FAR,)),
+        )
+
+        def halves(group: Expr) -> list[Expr]:
+            return [T.Bind(b.load(x, group * GROUP + start)) for start in range(0, GROUP, LANES)]
+
+        def encode(group: Expr, inverse: Expr) -> Expr:
+            """Write the codes of a group, and give a vector whose lanes add up to their sum."""
             whole = []
-            for index, half in enumerate(halves):
+            for index, half in enumerate(halves(group)):
                 whole.append(T.Bind(rounded(half * b.splat(inverse))))
                 parts = [whole[-1]]
                 if planes == 2:
@@ -66,12 +73,35 @@ def quantize(format: Blocks, planes: int, machine: Machine) -> ir.GlobalVar:
                 for plane, part in enumerate(parts):
                     at = (group * planes + plane) * GROUP + index * LANES
                     b.store(codes, T.Cast(f"int8x{LANES}", part), at)
-            total = T.Bind(_reduced("add", whole[0] + whole[1]))
-            b.put(beside, scale, group * BESIDE)
+            return T.Bind(whole[0] + whole[1])
+
+        def second(scale: Expr, total: Expr, lanes: int) -> Expr:
+            """What lies behind a scale, as f32."""
             if format.minimum:
-                b.put(beside, scale * T.Cast("float32", total), group * BESIDE + 1)
-            else:
-                b.put(begins, total * T.int32(-format.zero), group * BESIDE + 1)
+                return scale * T.Cast("float32" if lanes == 1 else f"float32x{lanes}", total)
+            zero = T.int32(-format.zero)
+            product = total * (zero if lanes == 1 else T.broadcast(zero, lanes))
+            return T.reinterpret("float32" if lanes == 1 else f"float32x{lanes}", product)
+
+        turns = b.let("turns", T.truncdiv(groups, T.int64(LANES)))
+        with T.serial(turns) as turn:
+            first = b.let("first", turn * LANES)
+            words = T.Bind(across(T.max, [T.max(*map(magnitude, halves(first + i))) for i in range(LANES)]))
+            inverses = b.local((LANES,))
+            b.store(inverses, inverse_of(words, most, LANES), 0)
+            scales = T.Bind(T.reinterpret(f"float32x{LANES}", words) / b.splat(most))
+            totals = T.Bind(across(operator.add, [encode(first + i, inverses[i]) for i in range(LANES)]))
+            both = [scales, T.Bind(second(scales, totals, LANES))]
+            for half in range(BESIDE):
+                order = [half * LANES // 2 + i // 2 + i % 2 * LANES for i in range(LANES)]
+                b.store(beside, T.Shuffle(both, order), first * BESIDE + half * LANES)
+        with T.serial(groups - turns * LANES) as left:
+            group = b.let("group", turns * LANES + left)
+            word = T.Bind(b.fold(T.max(*map(magnitude, halves(group))), T.max))
+            scale = T.Bind(T.reinterpret("float32", word) / T.float32(most))
+            total = T.Bind(b.fold(encode(group, T.Bind(inverse_of(word, most))), operator.add))
+            b.put(beside, scale, group * BESIDE)
+            b.put(beside, second(scale, total, 1), group * BESIDE + 1)
 
     return inner(f"quantize_int{8 * planes}_for_{format.name}", (machine,), emit)
 
@@ -81,5 +111,36 @@ def _shifted(shift: Expr, vector: Expr) -> Expr:
     return shift(vector, T.broadcast(T.int32(8), LANES))
 
 
-def _reduced(how: str, vector: Expr) -> Expr:
-    return T.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.{how}.v{LANES}i32", vector)
+def across(combine: Callable[[Expr, Expr], Expr], vectors: Sequence[Expr]) -> Expr:
+    """The lanes of each of 16 vectors combined, as the lanes of one: three instructions for each vector, and not eight.
+
+    Neighbours are laid into one another and combined, so that half as many vectors are left each time.
+    """
+    for step in range(4):
+        joined = []
+        for one, other in zip(vectors[::2], vectors[1::2], strict=True):
+            parts = [T.Shuffle([one, other], _order(step, part)) for part in range(2)]
+            joined.append(T.Bind(combine(*parts)))
+        vectors = joined
+    return vectors[0]
+
+
+def _order(step: int, part: int) -> list[int]:
+    """Which lanes of two vectors are laid into one another, as instructions do it: within 4 lanes, then such fours."""
+    if step == 0:  # the low or the high two of each four, in turns
+        return [
+            four + 2 * part + at + which * LANES
+            for four in (0, 4, 8, 12)
+            for at in (0, 1)
+            for which in (0, 1)
+        ]
+    if step == 1:  # pairs of them
+        return [
+            four + 2 * part + at + which * LANES
+            for four in (0, 4, 8, 12)
+            for which in (0, 1)
+            for at in (0, 1)
+        ]
+    return [
+        4 * (2 * four + part) + at + which * LANES for which in (0, 1) for four in (0, 1) for at in range(4)
+    ]
