@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks.dispatch import DispatchCost
 from relax_llm import cpu, ffi
 from relax_llm.cli.models import default_model
+from relax_llm.compiler.storage import WHOLE
 from relax_llm.compiler.user_kernels import gather
 from relax_llm.progress import Bars
 from relax_llm.tuning.contest import Division, Findings
@@ -132,7 +133,7 @@ def main() -> None:
     bars = Bars()
     spread = distribution(None)
     deadline = Deadline(options.budget)
-    tuning = survey_of(options.checkpoint, "f32", gather(options.kernels), None, deadline, bars)
+    tuning = survey_of(options.checkpoint, WHOLE, gather(options.kernels), None, deadline, bars)
     competing = tuning.competing()
     findings = contests(tuning, competing, Deadline(math.inf))
     with bars.task("Tuning", 1):

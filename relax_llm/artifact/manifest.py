@@ -148,7 +148,8 @@ class Manifest:
         architecture: Name of the model class.
         config: The checkpoint's config.json.
         generation_config: The checkpoint's generation_config.json.
-        weight_format: How matrices are stored.
+        weight_format: How matrices are stored, where nothing else was asked for.
+        weight_formats: What was asked for some sites, by their patterns.
         vocab_size: Width of the logits.
         hidden_size: Width of the hidden states.
         context_length: The longest sequence.
@@ -176,10 +177,18 @@ class Manifest:
     weights: tuple[Weight, ...]
     kernels: Mapping[str, Kernel]
     functions: Mapping[str, tuple[Launch, ...]]
+    weight_formats: Mapping[str, str] = field(default_factory=dict)
     dispatchers: Mapping[str, Dispatcher] = field(default_factory=dict)
     python_kernels: tuple[PythonKernel, ...] = ()
     files: Mapping[str, File] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def stored_as(self) -> str:
+        """How matrices are stored, in words."""
+        return ", ".join(
+            [self.weight_format, *(f"{sites} {format}" for sites, format in self.weight_formats.items())]
+        )
 
     def to_json(self) -> str:
         """The text of manifest.json."""

@@ -108,6 +108,7 @@ def _summary(artifact: "Artifact", seconds: float) -> dict[str, object]:
         "target": manifest.target,
         "architecture": manifest.architecture,
         "weight_format": manifest.weight_format,
+        "weight_formats": dict(manifest.weight_formats),
         "kernels": len(manifest.kernels),
         "launches": {name: len(launches) for name, launches in manifest.functions.items()},
         "weights": len(manifest.weights),
@@ -130,7 +131,7 @@ def _show(artifact: "Artifact", checkpoint: str, seconds: float) -> None:
             "kernels": f"{len(manifest.kernels)}, in {tables.quantity(code.size, 'B')} of code",
             "launches": ", ".join(f"{name} {len(calls)}" for name, calls in manifest.functions.items()),
             "weights": f"{len(manifest.weights)} tensors, {tables.quantity(manifest.files[WEIGHTS].size, 'B')} as "
-            f"{manifest.weight_format}",
+            f"{manifest.stored_as}",
             "time": f"{seconds:.1f} s",
         }
     )

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from relax_llm.cli import answers
-from relax_llm.errors import ContextLengthError, InputError
+from relax_llm.errors import InputError
+from relax_llm.runtime.room import require_room
 
 if TYPE_CHECKING:
     from relax_llm.artifact.artifact import Artifact
@@ -45,10 +46,7 @@ def run(runner: "Runner", tokens: list[int], decodes: int) -> None:
     Raises:
         ContextLengthError: They do not fit.
     """
-    if len(tokens) + decodes > runner.context_length:
-        raise ContextLengthError(
-            f"{len(tokens)} tokens and {decodes} more do not fit into a context of {runner.context_length}."
-        )
+    require_room(runner, len(tokens), decodes)
     state: Any = runner.start()
     logits = runner.prefill(state, tokens)
     for _ in range(decodes):

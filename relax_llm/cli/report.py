@@ -114,7 +114,7 @@ def show(report: Report) -> None:
             "architecture": f"{manifest.architecture}, {manifest.context_length} tokens of context",
             "target": manifest.target,
             "kernels": f"{len(manifest.kernels)}, in {size.get(LIBRARY) or size.get(OBJECTS, '?')} of code",
-            "weights": f"{len(manifest.weights)} tensors, {size.get(WEIGHTS, '?')} as {manifest.weight_format}",
+            "weights": f"{len(manifest.weights)} tensors, {size.get(WEIGHTS, '?')} as {manifest.stored_as}",
             "launches": ", ".join(f"{name} {len(calls)}" for name, calls in manifest.functions.items()),
         }
     )
@@ -237,6 +237,7 @@ def as_data(report: Report) -> dict[str, Any]:
         "features": list(manifest.features),
         "architecture": manifest.architecture,
         "weight_format": manifest.weight_format,
+        "weight_formats": dict(manifest.weight_formats),
         "context_length": manifest.context_length,
         "vocab_size": manifest.vocab_size,
         "hidden_size": manifest.hidden_size,

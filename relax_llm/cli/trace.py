@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from relax_llm.cli import answers, options as o, screen, tables
+from relax_llm.cli import options as o, prompts, screen, tables
 from relax_llm.cli.models import check_threads, named_or_default, open_artifact, start_runner
-from relax_llm.errors import ContextLengthError, InputError
+from relax_llm.errors import InputError
+from relax_llm.runtime.room import require_room
 
 if TYPE_CHECKING:
     from relax_llm.runtime.runner import Runner
@@ -22,13 +23,8 @@ _OUTPUT, _RUN = "Output", "Run"
 
 def trace(
     model: o.Subject = None,
-    prompt: Annotated[
-        str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to run.", rich_help_panel=_RUN)
-    ] = "My favorite music is",
-    ids: Annotated[
-        bool,
-        typer.Option("--ids", help="The prompt is token ids, such as '1, 2, 3'.", rich_help_panel=_RUN),
-    ] = False,
+    prompt: prompts.Prompt = prompts.DEFAULT,
+    ids: prompts.Ids = False,
     decodes: Annotated[
         int,
         typer.Option(
@@ -56,6 +52,7 @@ def trace(
     ] = False,
     limits: o.Limits = None,
     weights: o.Weights = None,
+    kv_cache: o.KVCache = None,
     architecture: o.Architecture = None,
     kernels: o.Kernels = None,
     target: o.Target = None,
@@ -70,17 +67,11 @@ def trace(
     if output is not None and not output.parent.is_dir():
         raise InputError(f"{output} cannot be written: there is no directory {output.parent}.")
     given = o.limits_given(limits)
-    token_ids = answers.parse_ids(prompt) if ids else None
     named = named_or_default(model)
     artifact = open_artifact(
-        named, weights=weights, architecture=architecture, kernels=kernels, target=target
+        named, weights=weights, kv_cache=kv_cache, architecture=architecture, kernels=kernels, target=target
     )
-    if token_ids is None:
-        if artifact.tokenizer is None:
-            raise InputError(f"{named} has no tokenizer; give token ids with --ids.")
-        token_ids = artifact.tokenizer.encode(prompt)
-    if not token_ids:
-        raise InputError("The prompt is empty; give some text.")
+    token_ids = prompts.token_ids(named, artifact, prompt, ids=ids)
     runner = start_runner(artifact, threads)
     traced = _run(runner, token_ids, decodes, cold=cold, limits=given, anew=limits == o.ANEW)
     if output is not None:
@@ -107,23 +98,13 @@ def _run(
     Raises:
         ContextLengthError: They do not fit.
     """
-    if len(token_ids) + decodes > runner.context_length:
-        raise ContextLengthError(
-            f"{len(token_ids)} tokens and {decodes} more do not fit into a context of {runner.context_length}."
-        )
-
-    def run(count: int) -> None:
-        state = runner.start()
-        logits = runner.prefill(state, token_ids)
-        for _ in range(count):
-            logits = runner.decode(state, int(logits.argmax()))
-
+    require_room(runner, len(token_ids), decodes)
     if not cold:  # whoever runs first maps the weights into memory
-        run(min(1, decodes))
+        prompts.run(runner, token_ids, min(1, decodes))
     if anew:
         runner.limits(anew=True)
     with runner.tracing(limits) as traced:
-        run(decodes)
+        prompts.run(runner, token_ids, decodes)
     return traced
 
 

@@ -71,6 +71,7 @@ def build(
 
         mod = run(mod, to_launches, watch)
         instructions = run(mod, to_instructions, watch, launches_stay=True)
+    planner.storage.require_sites()
     unused = planner.unused()
     calls = launches.functions(mod)
     recipes = weight_recipes(mod)
@@ -107,7 +108,8 @@ def build(
             architecture=f"{architecture.__module__}.{architecture.__qualname__}",
             config=dict(checkpoint.config),
             generation_config=_generation_config(checkpoint),
-            weight_format=planner.weights,
+            weight_format=planner.weights.everywhere,
+            weight_formats=dict(planner.weights.sites),
             vocab_size=decoder.vocab_size,
             hidden_size=int(hidden),
             context_length=decoder.context_length,

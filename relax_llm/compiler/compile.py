@@ -18,10 +18,9 @@ from relax_llm.artifact.artifact import Artifact, load, replacing, versions
 from relax_llm.artifact.kv_cache import CACHE_DTYPES
 from relax_llm.checkpoint import Checkpoint, open_checkpoint
 from relax_llm.compiler.sources import pass_sources
-from relax_llm.compiler.storage import AUTO, as_stored, kv_cache_for
+from relax_llm.compiler.storage import AUTO, WHOLE, Wanted, kv_cache_for
 from relax_llm.compiler.user_kernels import gather
 from relax_llm.errors import ArchitectureError, ArtifactError, CompileError, KernelError
-from relax_llm.formats import FORMATS
 from relax_llm.places import cache_directory
 from relax_llm.plan.kernel import Kernel, Layout, Selection
 from relax_llm.plan.plan import Plan
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from relax_llm.compiler.pipeline import Entry
     from relax_llm.layers import Decoder
 
-WEIGHT_FORMATS = (*FORMATS, AUTO)
 KV_CACHES = (*CACHE_DTYPES, AUTO)
 SELECTIONS: tuple[Selection, ...] = ("dynamic", "pinned")
 
@@ -60,7 +58,8 @@ def compile(
     Args:
         checkpoint: A Hugging Face directory, a GGUF file, a hub id, or what `open_checkpoint` gave.
         weights: How matrices are stored: "f32"; "bf16" or "f16", half of that; "q8", "q4" or "q4s", in 8.5, 5 or 4.5
-            bits; or "auto", the one of these that holds what the checkpoint has. See docs/formats.md.
+            bits; or "auto", the one of these that holds what the checkpoint has. Behind it formats of some sites may
+            stand, by their patterns: "q4,embed_tokens=q4s,layers.*.mlp.down_proj=q8". See docs/formats.md.
         kv_cache: How keys and values are stored: "f32"; "bf16", half of that, where attention may round queries and
             softmax weights to bf16, too; "q8", a quarter, as bytes with a scale for each position; or "auto", f32
             beside weights in f32 and bf16 beside others.
@@ -93,8 +92,7 @@ def compile(
         CompileError: An option is not known, or code generation failed.
         ArtifactError: The output or the cache cannot be written.
     """
-    if weights not in WEIGHT_FORMATS:
-        raise CompileError(f"The weight format {weights!r} is not known; known: {', '.join(WEIGHT_FORMATS)}.")
+    formats = Wanted.parse(weights)
     if target == "cuda" and weights not in ("f32", AUTO):
         raise CompileError(f"Kernels for the target cuda read weights as f32, not {weights}.")
     if kv_cache not in KV_CACHES:
@@ -104,10 +102,9 @@ def compile(
     if selection not in SELECTIONS:
         raise CompileError(f"The selection {selection!r} is not known; known: {', '.join(SELECTIONS)}.")
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-    if weights == AUTO:
-        weights = "f32" if target == "cuda" else as_stored(opened)
+    formats = WHOLE if target == "cuda" else formats.of(opened)
     if kv_cache == AUTO:
-        kv_cache = kv_cache_for(weights, target)
+        kv_cache = kv_cache_for(formats.everywhere, target)
     if output is None and not cache:
         raise CompileError("Without the cache an output directory is needed: pass output=DIR.")
     chosen = gather(kernels)
@@ -116,7 +113,7 @@ def compile(
             "Kernels written in Python cannot be saved; compile without an output, and save with python_kernels=True."
         )
     wanted = plan if isinstance(plan, Plan) or plan is None else Plan.read(plan)
-    key = _key(opened, weights, kv_cache, architecture, target, chosen, pipeline, wanted, selection)
+    key = _key(opened, formats, kv_cache, architecture, target, chosen, pipeline, wanted, selection)
     place = cache_directory() / "artifacts" / key
 
     def make(directory: Path) -> Artifact:
@@ -125,7 +122,7 @@ def compile(
                 opened,
                 temporary,
                 progress or Silent(),
-                weights=weights,
+                weights=formats,
                 kv_cache=kv_cache,
                 architecture=architecture,
                 target=target,
@@ -150,7 +147,7 @@ def _build(
     directory: Path,
     progress: Progress,
     *,
-    weights: str,
+    weights: Wanted,
     kv_cache: str,
     architecture: Any,
     target: str | None,
@@ -195,7 +192,7 @@ def _cached(place: Path, kernels: Sequence[Kernel]) -> Artifact | None:
 
 def _key(
     checkpoint: Checkpoint,
-    weights: str,
+    weights: Wanted,
     kv_cache: str,
     architecture: Any,
     target: str | None,
@@ -208,7 +205,7 @@ def _key(
     parts = {
         "checkpoint": checkpoint.fingerprint,
         "config": checkpoint.config,
-        "weights": weights,
+        "weights": str(weights),
         "kv_cache": kv_cache,
         "architecture": _source_of(architecture),
         "target": target or [cpu.architecture(), sorted(cpu.features())],
@@ -220,7 +217,7 @@ def _key(
         "package": _package_digest(),
     }
     digest = hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16)
-    return f"{checkpoint.path.stem[:40]}-{weights}-{digest.hexdigest()}"
+    return f"{checkpoint.path.stem[:40]}-{weights.everywhere}-{digest.hexdigest()}"
 
 
 def _kernel_source(kernel: Kernel) -> list[str]:

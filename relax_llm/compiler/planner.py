@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from relax_llm.compiler.storage import Storage
+from relax_llm.compiler.storage import WHOLE, Storage, Wanted
 from relax_llm.errors import KernelError, PlanError
 from relax_llm.kernels.checking import check
 from relax_llm.kernels.forms import Realized, realize
@@ -60,7 +60,7 @@ class Planner:
 
     Attributes:
         machine: What is generated for.
-        weights: The format that was asked for.
+        weights: The formats that were asked for.
         kv_cache: Format of the caches.
         storage: In which format each matrix is kept; set when the checkpoint's tensors are known.
     """
@@ -72,7 +72,7 @@ class Planner:
         *,
         plan: Plan | None = None,
         selection: Selection = "dynamic",
-        weights: str = "f32",
+        weights: Wanted = WHOLE,
         kv_cache: str = "f32",
         check: Callable[[Realized, Machine], str] = check,
     ) -> None:

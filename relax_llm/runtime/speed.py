@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from relax_llm.errors import ContextLengthError, InputError
+from relax_llm.errors import InputError
 from relax_llm.progress import Progress, Silent
+from relax_llm.runtime.room import require_room
 from relax_llm.table import Table, html
 from relax_llm.tracing.least import least_seconds
 from relax_llm.tracing.limits import Limits
@@ -136,10 +137,7 @@ def measure(
         raise InputError(
             "Lengths and rounds must be 1 or above, and the tokens decoded behind them 0 or above."
         )
-    if max(lengths) + decodes > runner.context_length:
-        raise ContextLengthError(
-            f"{max(lengths)} tokens and {decodes} more do not fit into a context of {runner.context_length}."
-        )
+    require_room(runner, max(lengths), decodes)
     chosen = runner.limits() if limits is None else limits
     random = np.random.default_rng(0)
     taken: dict[int, tuple[list[float], list[float]]] = {length: ([], []) for length in lengths}

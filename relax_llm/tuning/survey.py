@@ -14,7 +14,7 @@ from relax_llm.compiler.parameters import match
 from relax_llm.compiler.passes.schedule_rest import ScheduleRest
 from relax_llm.compiler.pipeline import pipeline, run
 from relax_llm.compiler.planner import Choice, Planner
-from relax_llm.compiler.storage import Storage, kv_cache_for
+from relax_llm.compiler.storage import Storage, Wanted
 from relax_llm.errors import ArtifactError
 from relax_llm.kernels.forms import Realized
 from relax_llm.kernels.machine import Machine
@@ -40,9 +40,9 @@ class Survey(Planner):
         machine: Machine,
         kernels: Sequence[Kernel],
         check: Callable[[Realized, Machine], str],
-        weights: str = "f32",
+        weights: Wanted,
     ) -> None:
-        super().__init__(machine, kernels, check=check, weights=weights, kv_cache=kv_cache_for(weights))
+        super().__init__(machine, kernels, check=check, weights=weights)
         self.check = check
         self.kernels = tuple(kernels)
         self.problems: dict[str, Problem] = {}

@@ -12,8 +12,7 @@ import numpy as np
 from relax_llm import cpu, ffi
 from relax_llm.artifact.artifact import Artifact, load, versions
 from relax_llm.checkpoint import Checkpoint, open_checkpoint
-from relax_llm.compiler.compile import WEIGHT_FORMATS
-from relax_llm.compiler.storage import AUTO, as_stored, kv_cache_for
+from relax_llm.compiler.storage import Wanted, kv_cache_for
 from relax_llm.compiler.user_kernels import gather
 from relax_llm.errors import InputError
 from relax_llm.plan.kernel import Kernel
@@ -84,15 +83,14 @@ def tune(
         raise InputError(f"The budget must be seconds, 0 or above, not {budget!r}.")
     if isinstance(max_kernels, bool) or not isinstance(max_kernels, int) or max_kernels < 1:
         raise InputError(f"max_kernels must be a whole number, 1 or above, not {max_kernels!r}.")
-    if weights not in WEIGHT_FORMATS:
-        raise InputError(f"The weight format {weights!r} is not known; known: {', '.join(WEIGHT_FORMATS)}.")
+    formats = Wanted.parse(weights)
     deadline = Deadline(budget)
     chosen = distribution(histogram)
     if threads is not None:
         set_threads(threads)
     ffi.runtime()
     reports = progress or Silent()
-    tuning = survey_of(checkpoint, weights, gather(kernels), architecture, deadline, reports)
+    tuning = survey_of(checkpoint, formats, gather(kernels), architecture, deadline, reports)
     settings = {
         "budget_seconds": budget,
         "distribution": chosen.text,
@@ -145,7 +143,7 @@ class Tuning:
 
 def survey_of(
     checkpoint: str | os.PathLike[str] | Checkpoint | Artifact,
-    weights: str,
+    weights: Wanted,
     kernels: Sequence[Kernel],
     architecture: Any,
     deadline: Deadline,
@@ -175,9 +173,8 @@ def survey_of(
         of_artifact(artifact, survey)
     else:
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)  # type: ignore[arg-type]
-        if weights == AUTO:
-            survey.weights = as_stored(opened)
-            survey.kv_cache = kv_cache_for(survey.weights)
+        survey.weights = weights.of(opened)
+        survey.kv_cache = kv_cache_for(survey.weights.everywhere)
         of_checkpoint(opened, architecture, survey, progress)
     fingerprint = {
         "processor": cpu.name(),

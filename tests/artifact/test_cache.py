@@ -121,16 +121,16 @@ def test_a_checkpoint_with_another_config(builds: list[Path], cache: Path, own: 
     assert len(builds) == 2
 
 
-def test_other_options(builds: list[Path], cache: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "WEIGHT_FORMATS", ("f32", "q9"))
+def test_other_options(builds: list[Path], cache: Path, own: Path) -> None:
     paths = [
         rl.compile(own).path,
-        rl.compile(own, weights="q9").path,
+        rl.compile(own, weights="bf16").path,
+        rl.compile(own, weights="bf16,lm_head=q8").path,
         rl.compile(own, target="x86-64").path,
         rl.compile(own, target="x86-64-v2").path,
         rl.compile(own, architecture="gpt2").path,
     ]
-    assert len(set(paths)) == len(builds) == 5
+    assert len(set(paths)) == len(builds) == 6
 
 
 def test_another_processor(

@@ -85,6 +85,53 @@ def test_a_format_has_the_bits_of_its_decoded_weights(
         )
 
 
+def test_other_formats_at_some_sites(tmp_path: Path) -> None:
+    """Patterns name a site or a part of what was fused there, the last that fits counts; a head may have 4 bits."""
+    checkpoint = write_checkpoint(BY_NAME[UNTIED], tmp_path / "checkpoint")
+    wanted = "q8,layers.*=bf16,layers.*.mlp.gate_proj=q4s,layers.1.self_attn.o_proj=f32,lm_head=q4"
+    artifact = rl.compile(checkpoint, weights=wanted, target=PLAINER)
+    manifest = artifact.manifest
+    assert manifest.weight_format == "q8"
+    assert manifest.stored_as.startswith("q8, layers.* bf16, layers.*.mlp.gate_proj q4s")
+    found = {
+        launch.site: manifest.kernels[launch.kernel].problem["weight_format"]
+        for launch in manifest.functions["prefill"]
+        if manifest.kernels[launch.kernel].operator == "matmul"
+    }
+    layer = {
+        "self_attn.q_proj+k_proj+v_proj": "bf16",
+        "mlp.gate_proj+up_proj": "q4s",
+        "mlp.down_proj": "bf16",
+    }
+    expected = {f"layers.{index}.{site}": format for index in range(2) for site, format in layer.items()}
+    expected |= {"layers.0.self_attn.o_proj": "bf16", "layers.1.self_attn.o_proj": "f32", "lm_head": "q4"}
+    assert found == expected
+    table = next(weight for weight in manifest.weights if "embed_tokens" in weight.name)
+    assert "q8" in table.recipe, "what no pattern fits"
+    runner, exact = rl.Runner(artifact), rl.Runner(rl.compile(checkpoint, target=PLAINER))
+    ids = token_ids(BY_NAME[UNTIED])[0, :20]
+    whole = exact.prefill(exact.start(), ids)
+    assert 0 < np.abs(runner.prefill(runner.start(), ids) - whole).max() < 0.5 * np.abs(whole).max()
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("q4,lm_head", "'lm_head' should name sites and a format"),
+        ("q4,=q8", "'=q8' should name sites and a format"),
+        ("q4,lm_head=q9", "'q9' is not known; known: f32"),
+        ("q4,lm_head=auto", "'auto' is not known; known: f32"),
+        ("lm_head=q4", "'lm_head=q4' is not known"),
+        ("q4,lm_heads=q8", r"at 'lm_heads'.*; they are at .*layers\.\*\.mlp\.down_proj.*lm_head"),
+    ],
+)
+def test_formats_of_sites_that_cannot_be(weights: str, said: str, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(BY_NAME[UNTIED], tmp_path / "checkpoint")
+    with pytest.raises(rl.RelaxLLMError, match=said):
+        rl.compile(checkpoint, weights=weights, target=PLAINER, cache=False, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_kernels_say_which_formats_they_read(tmp_path: Path) -> None:
     """A kernel for f32 is left out with its reason; one for bf16 reads the bits, plain."""
 
