@@ -124,6 +124,16 @@ def test_the_accumulators_of_a_matmul_stay_in_registers() -> None:
         )
 
 
+@pytest.mark.parametrize("problem", [ATTENTION, GATED], ids=names)
+def test_stack_memory_begins_with_a_cache_line(problem: Problem) -> None:
+    """TVM aligns it to 16 bytes, so that most vectors would lie across two lines."""
+    source = _source(problem, "x86-64-v4", "ll")
+    large = re.findall(r"(%[\w.]+) = alloca \[(\d+) x (?:float|i32)\]", source)
+    aligned = re.findall(r"align 64 ptr @llvm\.ptrmask", source)
+    assert aligned
+    assert len(aligned) >= sum(int(count) >= 256 for _, count in large)
+
+
 def test_the_host_adds_its_extensions_to_its_level_only() -> None:
     host = machine()
     if host.name in LEVELS:
