@@ -22,8 +22,8 @@ import numpy as np
 from benchmarks.dispatch import DispatchCost
 from relax_llm import cpu, ffi
 from relax_llm.cli.models import default_model
-from relax_llm.compiler.storage import WHOLE
 from relax_llm.compiler.user_kernels import gather
+from relax_llm.compiler.wanted import WHOLE
 from relax_llm.progress import Bars
 from relax_llm.tuning.contest import Division, Findings
 from relax_llm.tuning.distribution import LARGEST, Distribution, distribution

@@ -18,8 +18,8 @@ from relax_llm.artifact.artifact import Artifact, load, replacing, versions
 from relax_llm.artifact.kv_cache import CACHE_DTYPES
 from relax_llm.checkpoint import Checkpoint, open_checkpoint
 from relax_llm.compiler.sources import pass_sources
-from relax_llm.compiler.storage import AUTO, WHOLE, Wanted, kv_cache_for
 from relax_llm.compiler.user_kernels import gather
+from relax_llm.compiler.wanted import AUTO, WHOLE, Wanted, kv_cache_for
 from relax_llm.errors import ArchitectureError, ArtifactError, CompileError, KernelError
 from relax_llm.places import cache_directory
 from relax_llm.plan.kernel import Kernel, Layout, Selection

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from relax_llm.compiler.storage import WHOLE, Storage, Wanted
+from relax_llm.compiler.storage import Storage
+from relax_llm.compiler.wanted import WHOLE, Wanted
 from relax_llm.errors import KernelError, PlanError
 from relax_llm.kernels.checking import check
 from relax_llm.kernels.forms import Realized, realize

@@ -14,7 +14,8 @@ from relax_llm.compiler.parameters import match
 from relax_llm.compiler.passes.schedule_rest import ScheduleRest
 from relax_llm.compiler.pipeline import pipeline, run
 from relax_llm.compiler.planner import Choice, Planner
-from relax_llm.compiler.storage import Storage, Wanted
+from relax_llm.compiler.storage import Storage
+from relax_llm.compiler.wanted import Wanted
 from relax_llm.errors import ArtifactError
 from relax_llm.kernels.forms import Realized
 from relax_llm.kernels.machine import Machine

@@ -12,8 +12,8 @@ import numpy as np
 from relax_llm import cpu, ffi
 from relax_llm.artifact.artifact import Artifact, load, versions
 from relax_llm.checkpoint import Checkpoint, open_checkpoint
-from relax_llm.compiler.storage import Wanted, kv_cache_for
 from relax_llm.compiler.user_kernels import gather
+from relax_llm.compiler.wanted import Wanted, kv_cache_for
 from relax_llm.errors import InputError
 from relax_llm.plan.kernel import Kernel
 from relax_llm.plan.plan import Entry, Plan

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import relax_llm as rl
-from relax_llm.compiler.storage import as_stored
+from relax_llm.compiler.wanted import as_stored
 from relax_llm.formats import FORMATS
 from relax_llm.kernels.layout import Packed, parse
 

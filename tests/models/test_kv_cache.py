@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import relax_llm as rl
-from relax_llm.compiler.storage import kv_cache_for
+from relax_llm.compiler.wanted import kv_cache_for
 
 from ..machines import PLAINER
 from .configurations import BY_NAME
