@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relax_llm.artifact.manifest import Manifest, Weight
+from relax_llm.numerics.bounds import UNIT
 from relax_llm.runtime.launch import Launch, Operand
 from relax_llm.runtime.results import decoded
 from relax_llm.runtime.shadow import Expected
@@ -73,8 +74,8 @@ def _expected_tokens(cached: Mapping[str, Any], problem: Any, kv_len: int) -> li
         bound = [np.abs(one - other) for one, other in zip(far, right, strict=True)]
     else:
         far = tokens(lambda said: np.abs(said.right) + said.bound)
-        shown = 2.0**-24  # what is shown of a code and its scale is their product in f32
-        bound = [one - np.abs(other) * (1 - shown) for one, other in zip(far, right, strict=True)]
+        # What is shown of a code and its scale is their product in f32.
+        bound = [one - np.abs(other) * (1 - UNIT) for one, other in zip(far, right, strict=True)]
     return [Expected(*both) for both in zip(right, bound, strict=True)]
 
 

@@ -183,7 +183,9 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
                 slot = b.let("in_block", first_tile - block * (BLOCK // TILE))
                 key = memory.unpacked.keys(slot * shape.key_words)
                 value = memory.unpacked.values(slot * shape.value_words)
-                key_scales, value_scales = ([at(slot * TILE)] for at in memory.unpacked.scales)
+                key_scales, value_scales = (
+                    [T.address_of(kept[slot * TILE])] for kept in memory.unpacked.scales
+                )
             scores, weights = memory.scores, memory.weights
             b.call(shape.scores, own.count, queries, key, asked[0], *key_scales, scores, count)
             hidden = own.earliest - start < count * TILE - 1
@@ -214,15 +216,13 @@ def attention(problem: Attention, machine: Machine) -> PrimFunc:
             value = T.address_of(values[pair, first * shape.stored_values])
             b.call(shape.unpack(dim, TILE), key, memory.keys(slot * shape.key_words), count)
             b.call(shape.unpack(TILE, dim), value, memory.values(slot * shape.value_words), count)
-            for scale, kept in zip(scales, memory.kept_scales, strict=True):
+            for scale, kept in zip(scales, memory.scales, strict=True):
                 with T.serial(count) as tile:
                     at = b.let("at", (first + tile) * TILE)
-                    known = T.ramp(T.cast(at, "int32"), 1, LANES) < T.broadcast(
-                        T.cast(kv_len, "int32"), LANES
-                    )
-                    b.store(
-                        kept, T.Select(known, b.load(scale, pair, at), b.splat(0.0)), (slot + tile) * TILE
-                    )
+                    position, after = T.ramp(T.cast(at, "int32"), 1, LANES), T.cast(kv_len, "int32")
+                    there = position < T.broadcast(after, LANES)
+                    known = T.Select(there, b.load(scale, pair, at), b.splat(0.0))
+                    b.store(kept, known, (slot + tile) * TILE)
                 b.store(kept, b.splat(0.0), (slot + count) * TILE)
 
         def through_all_blocks() -> None:
@@ -338,11 +338,11 @@ class _Unpacked:
 
     Attributes:
         words: [2, words of a block].
-        kept_scales: [BLOCK + TILE] each, 0 where there is no position.
+        scales: Of keys and of values, [BLOCK + TILE] each, 0 where there is no position.
     """
 
     words: Expr
-    kept_scales: tuple[Expr, Expr]
+    scales: tuple[Expr, Expr]
 
     @staticmethod
     def of(shape: Tile) -> "_Unpacked":
@@ -358,12 +358,6 @@ class _Unpacked:
     def values(self, at: Expr) -> Expr:
         """The address of a word of the values."""
         return T.address_of(self.words[1, at])
-
-    @property
-    def scales(self) -> tuple[Callable[[Expr], Expr], Callable[[Expr], Expr]]:
-        """What give the address of a scale of a position, of the keys and of the values."""
-        keys, values = self.kept_scales
-        return (lambda at: T.address_of(keys[at])), (lambda at: T.address_of(values[at]))
 
 
 @dataclass(frozen=True)
