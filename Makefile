@@ -23,7 +23,7 @@ demo: $(VENV)/demo.installed ## Compile SmolLM2-135M and stream text for a promp
 	$(BIN)/relax-llm generate "$(PROMPT)" --max-new-tokens 100
 
 test: lint ## Run everything: format, lint, types, import contracts, tests, the examples of the documentation
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/test.installed ## Check format, lint, types and import contracts
 	$(BIN)/ruff format --check .
