@@ -6,7 +6,9 @@ from typing import Any
 from tvm.tirx import PrimFunc
 
 from relax_llm.artifact.kv_cache import CACHE_DTYPES
-from relax_llm.kernels import argmax, attention, cache, elementwise, lookup, norm, positions, softmax
+from relax_llm.kernels import argmax, cache, elementwise, lookup, norm, positions, softmax
+from relax_llm.kernels.attention import Attention
+from relax_llm.kernels.attention.streaming import streaming
 from relax_llm.kernels.gpu import gpu_kernel
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul.family import matmul_kernels
@@ -17,7 +19,7 @@ from relax_llm.plan.kernel import Kernel
 
 _BUILD: dict[type[Problem], tuple[str, Callable[[Any, Machine], PrimFunc]]] = {
     argmax.Argmax: ("by_lane", argmax.argmax),
-    attention.Attention: ("streaming", attention.attention),
+    Attention: ("streaming", streaming),
     cache.Append: ("by_position", cache.append),
     elementwise.Elementwise: ("by_row", elementwise.elementwise),
     lookup.Embedding: ("by_row", lookup.embedding),

@@ -63,7 +63,7 @@ def test_repro(call: Call, artifact: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_inspect_shows_code(call: Call, artifact: Path) -> None:
     for form, said in (
-        ("--source", "def attention("),
+        ("--source", "def streaming("),
         ("--tir", "@T.prim_func"),
         ("--llvm", "define "),
         ("--assembly", "ret"),

@@ -1,0 +1,232 @@
+"""The products of a tile, queries with keys and weights with values: sums in registers, a function for each height.
+
+They are like the micro-kernels of a matmul: all kernels of a library with such a tile share them.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+
+from tvm import ir
+from tvm.tirx.script.builder import ir as T
+
+from relax_llm.artifact.kv_cache import TILE
+from relax_llm.kernels import builder as b
+from relax_llm.kernels.attention.tile import BLOCK, FAR, Tile
+from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.halves import pair_of_bf16
+from relax_llm.kernels.inner import inner, memory, number, pointer
+from relax_llm.kernels.intrinsics import dot_bf16, imported
+from relax_llm.kernels.machine import LANES
+from relax_llm.kernels.matmul.shape import tile_for
+
+_HEIGHTS = (1, 2, 3, 4, 6, 8, 10)
+"""Rows for which there are functions, beside the most. Others take the next, and compute rows that nobody reads."""
+
+_UNROLL = 2  # steps in a turn of a loop
+_MOST = 4  # vectors of a row that are summed at once, at most
+
+
+def scores(tile: Tile) -> ir.GlobalVar:
+    """The function that multiplies queries with tiles of keys, each sum over the channels in ascending order.
+
+    ::
+
+        scores(height, queries [height, dim], keys, ahead, scores [height, BLOCK], tiles)
+        scores(height, queries [height, dim], keys, ahead, scales, scores [height, BLOCK], tiles)
+
+    Small tiles wait for memory, and ask for as much of a cache from the address `ahead` on as they use. All of a
+    tile's rows must hold numbers, more than `height` of them, too. Codes have `scales`, one for each position.
+    """
+    steps = -(-tile.dim // 2) if tile.halves else tile.dim
+
+    def emit(rows: int, queries_at: Expr, keys_at: Expr, ahead_at: Expr, *rest: Expr) -> None:
+        *scales_at, out_at, tiles = rest
+        scales = memory(scales_at[0], (FAR, TILE)) if scales_at else None
+        queries = memory(queries_at, (rows, tile.query_factors), tile.factors)
+        out = memory(out_at, (rows, BLOCK))
+        keys = memory(keys_at, (FAR, steps, TILE), tile.words)
+
+        def some(first: Expr, vectors: int) -> None:
+            acc = b.Registers(rows, b.chunks(vectors * TILE))
+
+            def step(channel: Expr) -> None:
+                for t in range(vectors if _waits(tile, rows) else 0):
+                    _ask(tile, ahead_at, ((first + t) * steps + channel) * TILE)
+                for r, t, _, lanes in acc:
+                    word = b.load(keys, first + t, channel, 0)
+                    acc.set(r, t, _plus(tile, acc.get(r, t), queries, r, channel, word, lanes))
+
+            acc.clear()
+            _in_turns(T.int64(steps), step)
+            for r, t, _, _ in acc:
+                score = acc.get(r, t)
+                if scales is not None:
+                    score = score * b.load(scales, first + t, 0)
+                b.store(out, score, r, (first + t) * TILE)
+
+        wide = _wide(tile, rows)
+        turns = b.let("turns", T.truncdiv(tiles, T.int64(wide)))
+        with T.serial(turns) as turn:
+            some(b.let("first", turn * wide), wide)
+        if wide > 1:
+            with T.serial(tiles - turns * wide) as rest:
+                some(b.let("first", turns * wide + rest), 1)
+
+    pointers = {
+        "queries": tile.factors,
+        "keys": tile.words,
+        "ahead": tile.stored,
+        **({"scales": "float32"} if tile.codes else {}),
+        "scores": "float32",
+    }
+    return _by_height(tile, "attention_scores", pointers, emit)
+
+
+def weighted(tile: Tile) -> ir.GlobalVar:
+    """The function that sums values by weights over the positions in ascending order.
+
+    ::
+
+        weighted(height, weights [height, BLOCK], values, ahead, sums [height, dim], positions)
+    """
+
+    def emit(
+        rows: int, weights_at: Expr, values_at: Expr, ahead_at: Expr, out_at: Expr, positions: Expr
+    ) -> None:
+        weights = memory(weights_at, (rows, tile.weight_factors), tile.factors)
+        out = memory(out_at, (rows, tile.dim))
+        values = memory(values_at, (FAR, tile.dim), tile.words)
+
+        def some(first: Expr, vectors: list[tuple[int, int]]) -> None:
+            acc = b.Registers(rows, vectors)
+
+            def step(position: Expr, *, single: bool = False) -> None:
+                for start, _ in vectors if _waits(tile, rows) else ():
+                    _ask(tile, ahead_at, position * tile.dim + first + start)
+                for r, i, start, lanes in acc:
+                    value = b.load(values, position, first + start, lanes=lanes)
+                    total = _plus(tile, acc.get(r, i), weights, r, position, value, lanes, single=single)
+                    acc.set(r, i, total)
+
+            acc.clear()
+            if tile.halves:
+                pairs = b.let("pairs", T.truncdiv(positions, T.int64(2)))
+                _in_turns(pairs, step)
+                with b.when(positions > 2 * pairs):  # what lies in the other half is not known
+                    step(pairs, single=True)
+            else:
+                _in_turns(positions, step)
+            for r, i, start, lanes in acc:
+                b.store(out, acc.get(r, i), r, first + start, lanes=lanes)
+
+        wide = _wide(tile, rows) * LANES
+        if tile.dim // wide:
+            with T.serial(tile.dim // wide) as i:
+                some(b.let("first", i * wide), b.chunks(wide))
+        if tile.dim % wide:
+            some(T.int64(tile.dim // wide * wide), b.chunks(tile.dim % wide))
+
+    pointers = {"weights": tile.factors, "values": tile.words, "ahead": tile.stored, "sums": "float32"}
+    return _by_height(tile, "attention_weighted", pointers, emit)
+
+
+def _by_height(tile: Tile, name: str, pointers: Mapping[str, str], emit: Callable[..., None]) -> ir.GlobalVar:
+    """A function (height, *pointers, count) that calls one for as many rows or more, whose body `emit` writes.
+
+    Args:
+        tile: What is multiplied.
+        name: What is computed.
+        pointers: Names of the addresses, and what is there.
+        emit: Writes the body for a number of rows.
+    """
+
+    def declared() -> list[Expr]:
+        return [*(pointer(one, dtype) for one, dtype in pointers.items()), number("count")]
+
+    def one(rows: int) -> ir.GlobalVar:
+        def body() -> None:
+            given = declared()
+            with imported() if tile.pairs else nullcontext():
+                emit(rows, *given)
+
+        return inner(f"{tile.named(name)}_rows{rows}", (tile.machine,), body, entry=False)
+
+    def choose() -> None:
+        height = number("height")
+        given = declared()
+
+        def least(heights: list[int]) -> None:
+            if heights[1:]:
+                b.either(
+                    height <= heights[0],
+                    lambda: b.call(one(heights[0]), *given),
+                    lambda: least(heights[1:]),
+                )
+            else:
+                b.call(one(heights[0]), *given)
+
+        least([*(rows for rows in _HEIGHTS if rows < tile.rows), tile.rows])
+
+    return inner(tile.named(name), (tile.machine,), choose, entry=True)
+
+
+def _plus(
+    tile: Tile,
+    total: Expr,
+    factors: Expr,
+    row: int,
+    step: Expr,
+    word: Expr,
+    lanes: int,
+    *,
+    single: bool = False,
+) -> Expr:
+    """A vector of sums and the products of a step: of a row's factor, or pair of factors, and of words of a cache.
+
+    Args:
+        tile: What is multiplied.
+        total: The sums.
+        factors: Queries or weights, [rows, ...].
+        row: Of the factors.
+        step: Of the reduction.
+        word: The vector of the cache.
+        lanes: How long it is.
+        single: Only the first of two counts.
+    """
+    if not tile.halves:
+        return total + b.splat(factors[row, step], lanes) * word
+    if tile.pairs and lanes == LANES:  # the instruction has one length
+        known = T.bitwise_and(word, T.broadcast(T.int32(0xFFFF), lanes)) if single else word
+        return dot_bf16(total, known, T.broadcast(factors[row, step], lanes))
+    for which in range(1 if single else 2):
+        factor = pair_of_bf16(factors[row, step], which) if tile.pairs else factors[row, 2 * step + which]
+        total = total + b.splat(factor, lanes) * pair_of_bf16(word, which, lanes)
+    return total
+
+
+def _wide(tile: Tile, rows: int) -> int:
+    """How many vectors of each of some rows are summed at once, in registers: a power of two."""
+    held = tile_for(tile.machine)
+    most = min(_MOST, held.rows * held.cols // (LANES * rows))
+    return 1 << most.bit_length() - 1
+
+
+def _waits(tile: Tile, rows: int) -> bool:
+    """Whether some rows are so few that reading what they are multiplied with takes longer than multiplying."""
+    return 3 * rows <= 2 * tile.rows
+
+
+def _ask(tile: Tile, ahead: Expr, word: Expr) -> None:
+    """Emit what asks for a word from an address in a cache on, or for the codes that it will be."""
+    codes = 2 if tile.codes and tile.halves else 1
+    b.prefetch(memory(ahead, (FAR,), tile.stored), word * codes)
+
+
+def _in_turns(count: Expr, step: Callable[[Expr], None]) -> None:
+    """Emit a loop over steps, some of them in a turn."""
+    turns = b.let("turns", T.truncdiv(count, T.int64(_UNROLL)))
+    with T.serial(turns) as turn:
+        for u in range(_UNROLL):
+            step(turn * _UNROLL + u)
+    with T.serial(count - turns * _UNROLL) as rest:
+        step(turns * _UNROLL + rest)
