@@ -10,9 +10,12 @@ import pytest
 
 from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, decode, encode
 from relax_llm.kernels.attention import Attention
+from relax_llm.kernels.generate import generate
+from relax_llm.kernels.library import build
+from relax_llm.kernels.threads import load
 
 from ..tolerances import EXP, assert_within, reduction
-from .bench import HOST, every_machine, launch, machines, random
+from .bench import HOST, every_machine, launch, launch_function, machine_of, machines, random
 from .guarded import SENTINEL, Out
 
 if TYPE_CHECKING:
@@ -178,6 +181,20 @@ def test_more_lengths(heads: tuple[int, int], window: int | None) -> None:
     for seq in (1, 3, 16, 33, 100):
         for past in (0, 1, 15, 16, 40, 63, 64, 65, 127, 128, 190):
             _check(_problem(heads, 6, window), HOST, 1, seq, seq + past)
+
+
+def test_layers_with_other_windows_share_a_library() -> None:
+    """As models do that alternate local and global attention."""
+    problems = [_problem((6, 2), 20, window) for window in (None, 9, 5)]
+    on = machine_of("x86-64")
+    library = load(generate({problem.name: build(problem, on) for problem in problems}, on))
+    for problem in problems:
+        q, keys, values = _operands(problem, 1, 7, 23)
+        cache = _layout(problem.cache, keys, values, 2 * GRANULE // TILE)
+        (out,) = launch_function(
+            library[problem.name], problem.name, q, *cache.values(), 23, Out((1, 7, 120))
+        )
+        assert_within(out, *_reference(problem, q, keys, values), problem.name)
 
 
 @machines

@@ -54,7 +54,8 @@ def mask(tile: Tile, group: int, window: int | None) -> ir.GlobalVar:
                     visible = T.And(visible, lane > T.broadcast(last - window, LANES))
                 b.store(scores, T.Select(visible, b.load(scores, r, at), b.splat(_HIDDEN)), r, at)
 
-    return inner(f"attention_mask_group{group}", (tile.machine, window), emit, entry=True)
+    name = f"attention_mask_group{group}" + (f"_window{window}" if window else "")
+    return inner(name, (tile.machine,), emit, entry=True)
 
 
 def weights(tile: Tile) -> ir.GlobalVar:
