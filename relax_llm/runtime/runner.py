@@ -21,10 +21,10 @@ from relax_llm.runtime.counts import Counts
 from relax_llm.runtime.execution import Execution, Knowledge
 from relax_llm.runtime.interface import Likeliest
 from relax_llm.runtime.interpreter import Interpreter
-from relax_llm.runtime.launch import LIMIT
 from relax_llm.runtime.limits import limits as machine_limits
 from relax_llm.runtime.pages import Pages
 from relax_llm.runtime.program import Program
+from relax_llm.runtime.recording.file import LIMIT
 from relax_llm.runtime.recording.recorder import Recording, recorded
 from relax_llm.runtime.shadow import Beside, Shadow, through
 from relax_llm.runtime.state import State
