@@ -269,6 +269,11 @@ class Control:
         )
         self._functions = {name: machine[name] for name in self._artifact.manifest.functions}
 
+    @property
+    def lines(self) -> dict[str, Line]:
+        """The launches of every function, by its name."""
+        return {name: self.line(name) for name in self._artifact.manifest.functions}
+
     def line(self, function: str) -> Line:
         """The launches of a function.
 
@@ -303,8 +308,7 @@ class Control:
 
     def _fixed(self) -> list[Fixed]:
         """Every launch without a choice, once."""
-        functions = self._artifact.manifest.functions
-        return list(dict.fromkeys(one for name in functions for _, one in self.line(name).fixed))
+        return list(dict.fromkeys(one for line in self.lines.values() for _, one in line.fixed))
 
     def _made_rules(self, function: str) -> list[Rule]:
         """The rule of each launch of a function that has a choice; launches that choose alike share theirs."""

@@ -15,10 +15,8 @@ from relax_llm.runtime.breakpoints import Breakpoint, Breakpoints
 from relax_llm.runtime.choices import Place, Rule
 from relax_llm.runtime.control import Control, Line
 from relax_llm.runtime.counts import Key
+from relax_llm.runtime.replacement import Replacement
 from relax_llm.runtime.vm import VirtualMachine
-
-Replacement = str | Callable[..., Any]
-"""A kernel's name, or a function of the inputs that returns the outputs."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """One launch of a kernel, in your hands: what it is called with, and what becomes of it."""
 
-import inspect
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,13 +22,12 @@ from relax_llm.runtime.choices import Fixed, Place
 from relax_llm.runtime.code import HasCode
 from relax_llm.runtime.counts import Key
 from relax_llm.runtime.dispatch import OPEN, choosing
-from relax_llm.runtime.execution import Execution, Replacement
+from relax_llm.runtime.execution import Execution
+from relax_llm.runtime.recording.file import LIMIT
+from relax_llm.runtime.replacement import Replacement, compute
 from relax_llm.runtime.shown import launch_html
 
 Array = npt.NDArray[Any]
-
-LIMIT = 2**30
-"""Bytes; the most that a recording holds where nothing else is said."""
 
 _CACHE_SPILL = 2**27  # bytes; more than the last-level cache of most machines
 
@@ -366,7 +364,7 @@ class Launch(HasCode):
         if kernel is None or isinstance(kernel, str):
             return self._launch(None if kernel is None else self._index_of(kernel), counts=False)
         begun = time.perf_counter()
-        self._compute(kernel)
+        compute(self, kernel)
         return time.perf_counter() - begun
 
     def _check_kernel(self, name: str) -> None:
@@ -384,35 +382,6 @@ class Launch(HasCode):
             self.seconds = self._launch(self._index_of(replacement))
         else:
             begun = time.perf_counter()
-            self._compute(replacement)
+            compute(self, replacement)
             self.seconds = time.perf_counter() - begun
         self.done = "replaced"
-
-    def _compute(self, function: Callable[..., Any]) -> None:
-        """Have a function of the inputs compute the outputs."""
-        self._check_takes(function)
-        arrays = self.fitting(function(*self.inputs), "replacement")
-        for array, output in zip(arrays, self.outputs, strict=True):
-            output[...] = array
-
-    def _check_takes(self, function: Callable[..., Any]) -> None:
-        """Refuse a function that cannot be called with the inputs, by what it is called with."""
-        if not callable(function):
-            raise InputError(
-                f"{self} is replaced by the name of a kernel or by a function, not by an object of type "
-                f"{type(function).__name__}."
-            )
-        try:
-            signature = inspect.signature(function)
-        except (TypeError, ValueError):  # some built-in functions do not say
-            return
-        try:
-            signature.bind(*self.inputs)
-        except TypeError as error:
-            given = ", ".join(
-                f"{o.role} {list(o.value.shape)}" for o in self.arguments if o.role not in ("size", "output")
-            )
-            raise InputError(
-                f"The replacement of {self} is called with {len(self.inputs)} arrays ({given}), which it does not "
-                f"take: {error}."
-            ) from None

@@ -1,9 +1,8 @@
 """The runner: an artifact in execution."""
 
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import cached_property
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -11,24 +10,25 @@ import numpy as np
 import numpy.typing as npt
 
 from relax_llm.artifact.artifact import Artifact
-from relax_llm.errors import InputError, RecordingError
+from relax_llm.errors import InputError
 from relax_llm.plan.kernel import Selection
 from relax_llm.runtime import generation, vm
 from relax_llm.runtime.answer import Generation, Piece
 from relax_llm.runtime.breakpoints import Breakpoints
+from relax_llm.runtime.calls import Calls
 from relax_llm.runtime.control import Control, Forced, Planned
 from relax_llm.runtime.counts import Counts
-from relax_llm.runtime.execution import Execution, Knowledge
 from relax_llm.runtime.interface import Likeliest
-from relax_llm.runtime.interpreter import Interpreter
-from relax_llm.runtime.launch import LIMIT
 from relax_llm.runtime.limits import limits as machine_limits
+from relax_llm.runtime.observers import Observers
 from relax_llm.runtime.pages import Pages
 from relax_llm.runtime.program import Program
-from relax_llm.runtime.recording.recorder import Recording, recorded
-from relax_llm.runtime.shadow import Beside, Shadow, through
+from relax_llm.runtime.recording.file import LIMIT
+from relax_llm.runtime.recording.recorder import Recording
+from relax_llm.runtime.shadow import Beside, Shadow
 from relax_llm.runtime.state import State
 from relax_llm.runtime.stepper import Steps
+from relax_llm.runtime.token_ids import Floats, TokenIds, array_of, ids_of, next_ids_of, shaped
 from relax_llm.runtime.tracing import Tracer
 from relax_llm.text.tokenizer import Tokenizer
 from relax_llm.tracing.limits import Limits
@@ -37,8 +37,6 @@ from relax_llm.tracing.trace import Trace
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Floats = npt.NDArray[np.float32]
-TokenIds = Sequence[int] | Sequence[Sequence[int]] | npt.NDArray[np.integer[Any]]
 Output = Literal["last", "all", "hidden"]
 
 _FUNCTIONS: Mapping[str, str] = {"last": "prefill", "all": "logits", "hidden": "hidden"}
@@ -89,15 +87,15 @@ class Runner:
         self.context_length = manifest.context_length
         self.generation_config = manifest.generation_config
         self._machine = vm.VirtualMachine(artifact.library)
-        self._weights = vm.pack([vm.tensor(array) for array in artifact.weights(mapped=mapped)])
-        self._functions = {name: self._machine[name] for name in manifest.functions}
+        weights = vm.pack([vm.tensor(array) for array in artifact.weights(mapped=mapped)])
         self._pages = Pages()
         self._running = Lock()  # the virtual machine has one set of registers
         self._control = Control(artifact, self._machine, selection, self._running)
         self._tracer = Tracer(artifact, self._machine, self._control, self.limits)
-        self._interpreter: Interpreter | None = None
-        self._shadows: tuple[Shadow, ...] = ()
-        self._recording: Recording | None = None
+        self._observers = Observers(artifact, self._control)
+        self._calls = Calls(
+            artifact, self._machine, weights, self._running, self._control, self._tracer, self._observers
+        )
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -138,9 +136,9 @@ class Runner:
         """
         if not isinstance(output, str) or output not in _FUNCTIONS:
             raise InputError(f'output must be "last", "all" or "hidden", not {output!r}.')
-        ids, flat = self._ids(state, token_ids)
+        ids, flat = ids_of(token_ids, state.batch, self.vocab_size)
         function = _FUNCTIONS[output]
-        return _shaped(function, vm.numpy(self._call(function, state, ids)), flat)
+        return shaped(function, vm.numpy(self._calls.evaluate(function, state, ids)), flat)
 
     def decode(self, state: State, token_id: int | Sequence[int] | npt.NDArray[np.integer[Any]]) -> Floats:
         """Append one token to each sequence of a state.
@@ -156,8 +154,8 @@ class Runner:
             InputError: An id outside the vocabulary, or another batch than the state's.
             ContextLengthError: The context is full.
         """
-        ids, flat = self._next_ids(state, token_id)
-        return _shaped("decode", vm.numpy(self._call("decode", state, ids)), flat)
+        ids, flat = next_ids_of(token_id, state.batch, self.vocab_size)
+        return shaped("decode", vm.numpy(self._calls.evaluate("decode", state, ids)), flat)
 
     def greedy(self, state: State, token_ids: int | TokenIds) -> Likeliest:
         """Append tokens to a state and give the likeliest one to follow; the logits stay in the library.
@@ -179,11 +177,12 @@ class Runner:
             InputError: No tokens, ids outside the vocabulary, or another batch than the state's.
             ContextLengthError: The tokens do not fit.
         """
-        array = _array(token_ids)
-        ids, flat = self._ids(state, array[None] if array.ndim == 0 else array)
-        logits = self._call("decode" if ids.shape[1] == 1 else "prefill", state, ids)  # [batch, 1, vocab]
+        array = array_of(token_ids)
+        ids, flat = ids_of(array[None] if array.ndim == 0 else array, state.batch, self.vocab_size)
+        function = "decode" if ids.shape[1] == 1 else "prefill"
+        logits = self._calls.evaluate(function, state, ids)  # [batch, 1, vocab]
         sizes = {"batch": ids.shape[0], "seq": 1, "kv_len": state.length}
-        found = vm.numpy(self._run("greedy", sizes, (logits,)))[:, 0, 0]
+        found = vm.numpy(self._calls.call("greedy", sizes, logits))[:, 0, 0]
         values = vm.numpy(logits)
         if flat:
             token_id = int(found[0])
@@ -283,10 +282,9 @@ class Runner:
         """
         return self._tracer.tracing(limits, self._running)
 
-    @contextmanager
     def shadow(
         self, site: str, beside: Beside, *, operator: str = "*", bound: float | None = None
-    ) -> Iterator[Shadow]:
+    ) -> AbstractContextManager[Shadow]:
         """Have something else compute beside the kernels of some sites inside of a `with`, and compare.
 
         ::
@@ -309,15 +307,8 @@ class Runner:
         Raises:
             InputError: No launch matches, or none has such a kernel.
         """
-        lines = [self._control.line(name) for name in self._functions]
-        shadow = Shadow(site, beside, operator, bound, lines, self.artifact.manifest)
-        self._shadows = (*self._shadows, shadow)
-        try:
-            yield shadow
-        finally:
-            self._shadows = tuple(other for other in self._shadows if other is not shadow)
+        return self._observers.shadow(site, beside, operator, bound)
 
-    @contextmanager
     def recording(
         self,
         path: str | os.PathLike[str],
@@ -327,7 +318,7 @@ class Runner:
         operator: str = "*",
         weights: Literal["reference", "values"] = "reference",
         limit: int = LIMIT,
-    ) -> Iterator[Recording]:
+    ) -> AbstractContextManager[Recording]:
         """Record launches inside of a `with`: what went in and what came out, for `relax_llm.replay`.
 
         ::
@@ -349,22 +340,9 @@ class Runner:
             InputError: No launch can match, an option is not known, or another recording is being made.
             RecordingError: Nothing was recorded, the limit is reached, or the file cannot be written.
         """
-        if self._recording is not None:
-            raise InputError(f"{self._recording.path} is being recorded; one recording is made at a time.")
-        lines = [self._control.line(name) for name in self._functions]
-        wanted = {"site": site, "kernel": kernel, "operator": operator}
-        made = Recording(self.artifact, path, **wanted, weights=weights, limit=limit, lines=lines)
-        self._recording = made
-        try:
-            yield made
-        except BaseException:
-            with suppress(RecordingError):
-                made.finish(required=False)
-            raise
-        else:
-            made.finish()
-        finally:
-            self._recording = None
+        return self._observers.recording(
+            path, site=site, kernel=kernel, operator=operator, weights=weights, limit=limit
+        )
 
     def limits(self, *, anew: bool = False) -> Limits:
         """What this machine can do at most: arithmetic in registers, and reading memory.
@@ -399,157 +377,18 @@ class Runner:
             ContextLengthError: The tokens do not fit.
             ArtifactError: The library cannot be stepped through; it was compiled by another version.
         """
-        if not isinstance(function, str) or function not in self._functions:
-            raise InputError(f"There is no function {function!r}; there are: {', '.join(self._functions)}.")
+        functions = self._calls.functions
+        if not isinstance(function, str) or function not in functions:
+            raise InputError(f"There is no function {function!r}; there are: {', '.join(functions)}.")
         if function == "greedy":
             raise InputError("greedy is a function of logits, not of tokens; Runner.greedy calls it.")
-        ids, flat = self._next_ids(state, token_ids) if function == "decode" else self._ids(state, token_ids)
-        return self._stepped(function, state, ids, lambda result: _shaped(function, vm.numpy(result), flat))
-
-    def _stepped(
-        self, function: str, state: State, ids: npt.NDArray[np.int32], shaped: Callable[[Any], Any]
-    ) -> Steps:
-        sizes, arguments = self._arguments(state, ids)
-        begun = state.length
-
-        def finish(result: Any) -> Any:
-            if state.length != begun:
-                raise InputError(
-                    f"The state had {begun} tokens when these steps began and has {state.length} now; begin again."
-                )
-            state.append(ids)
-            return shaped(result)
-
-        return self._begun(function, sizes, arguments, finish)
-
-    def _begun(
-        self, function: str, sizes: dict[str, int], arguments: Sequence[Any], finish: Callable[[Any], Any]
-    ) -> Steps:
-        with self._running:
-            if self._interpreter is None:
-                self._interpreter = Interpreter(self._machine)
-            knowledge = Knowledge(
-                self._control.line(function),
-                list(self._control.rules(function)),
-                self.artifact.manifest.kernels,
-                self.artifact.plan,
-                not self._control.chooses,
-                self._control,
-                self.breakpoints,
-                lambda: self._named(*arguments[2:]),
-            )
-        execution = Execution(function, sizes, knowledge, self._machine, self._running)
-        return Steps(self._interpreter, self._interpreter.start(function, *arguments), execution, finish)
-
-    @cached_property
-    def breakpoints(self) -> Breakpoints:
-        """Where stepped runs of this runner stop, in all functions and calls."""
-        manifest = self.artifact.manifest
-        names = {weight.name for weight in manifest.weights} | set(self._cache_names)
-        return Breakpoints({name: self._control.line(name) for name in self._functions}, frozenset(names))
+        checked = next_ids_of if function == "decode" else ids_of
+        ids, flat = checked(token_ids, state.batch, self.vocab_size)
+        return self._calls.steps(
+            function, state, ids, lambda result: shaped(function, vm.numpy(result), flat)
+        )
 
     @property
-    def _cache_names(self) -> list[str]:
-        """The names of the caches, in the order of the functions' argument: what a site writes first comes first."""
-        names: dict[str, dict[str, None]] = {cache.site: {} for cache in self.artifact.manifest.caches}
-        for launches in self.artifact.manifest.functions.values():
-            for argument in (argument for launch in launches for argument in launch.arguments):
-                if argument.role == "cache":
-                    names[argument.name.rpartition(".")[0]][argument.name] = None
-        return [name for at in names.values() for name in at]
-
-    def _named(self, caches: Any = (), weights: Any = ()) -> dict[str, Any]:
-        """The tensors of a call that have names."""
-        if not weights:  # of a function that is given none
-            return {}
-        known = zip([weight.name for weight in self.artifact.manifest.weights], weights, strict=True)
-        return dict(known) | dict(zip(self._cache_names, caches, strict=True))
-
-    def _call(self, function: str, state: State, ids: npt.NDArray[np.int32]) -> Any:
-        """Append tokens; what the function gives, a tensor."""
-        if self._recording is not None or self._shadows:
-            return self._by_launch(self._stepped(function, state, ids, lambda result: result))
-        sizes, arguments = self._arguments(state, ids)
-        result = self._plainly(function, sizes, arguments)
-        state.append(ids)
-        return result
-
-    def _run(self, function: str, sizes: dict[str, int], arguments: Sequence[Any]) -> Any:
-        """Call a function that changes no state; what it gives, a tensor."""
-        if self._recording is not None or self._shadows:
-            return self._by_launch(self._begun(function, sizes, arguments, lambda result: result))
-        return self._plainly(function, sizes, arguments)
-
-    def _plainly(self, function: str, sizes: dict[str, int], arguments: Sequence[Any]) -> Any:
-        with self._running:
-            if self._tracer.active:
-                return self._tracer.call(function, sizes, *arguments)
-            if self._control.active:
-                return self._control.call(function, sizes, *arguments)
-            return self._functions[function](*arguments)
-
-    def _by_launch(self, steps: Steps) -> Any:
-        """Make all launches of a call for those who look at each."""
-        if self._recording is None:
-            return through(steps, self._shadows)
-        if self._shadows:
-            raise InputError("A shadow makes launches twice; record outside of runner.shadow.")
-        return recorded(steps, self._recording)
-
-    def _arguments(
-        self, state: State, ids: npt.NDArray[np.int32]
-    ) -> tuple[dict[str, int], tuple[Any, Any, Any, Any]]:
-        """The sizes of a call, and what the compiled functions are called with."""
-        if not state.fits(self.artifact.manifest.caches):
-            raise InputError("The state belongs to another model; make one with this runner's start().")
-        caches = state.reserve(ids.shape[1])
-        sizes = {"batch": ids.shape[0], "seq": ids.shape[1], "kv_len": state.length + ids.shape[1]}
-        return sizes, (vm.tensor(ids), vm.shape(sizes["kv_len"]), caches, self._weights)
-
-    def _next_ids(self, state: State, token_id: Any) -> tuple[npt.NDArray[np.int32], bool]:
-        """One token id for each sequence as int32 [batch, 1], and whether it came without a batch axis."""
-        array = _array(token_id)
-        if array.ndim > 1:
-            raise InputError(
-                f"decode takes one token for each sequence, not an array of shape {array.shape}."
-            )
-        ids, _ = self._ids(state, array.reshape(-1, 1))
-        return ids, array.ndim == 0
-
-    def _ids(self, state: State, token_ids: Any) -> tuple[npt.NDArray[np.int32], bool]:
-        """Token ids as int32 [batch, seq], and whether they came without a batch axis."""
-        array = _array(token_ids)
-        if array.ndim not in (1, 2):
-            raise InputError(
-                f"Token ids must form [seq] or [batch, seq], not an array of shape {array.shape}."
-            )
-        if array.size == 0:
-            raise InputError("There are no tokens to evaluate; a prompt needs at least one.")
-        if array.dtype.kind not in "iu":
-            raise InputError(f"Token ids must be whole numbers, not {array.dtype}.")
-        ids = array if array.ndim == 2 else array[None]
-        if ids.shape[0] != state.batch:
-            raise InputError(f"The state has {state.batch} sequences, but the token ids have {ids.shape[0]}.")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.vocab_size:
-            bad = low if low < 0 else high
-            raise InputError(f"Token id {bad} is outside the vocabulary of {self.vocab_size}.")
-        return np.array(ids, np.int32, order="C"), array.ndim == 1  # a copy: DLPack refuses read-only memory
-
-
-def _shaped(function: str, result: Floats, flat: bool) -> Floats:
-    """A function's result [batch, seq, ...] as the caller gets it."""
-    if function == "prefill":
-        result = result[:, -1]
-    elif function == "decode":
-        result = result[:, 0]
-    return result[0] if flat else result
-
-
-def _array(token_ids: Any) -> npt.NDArray[Any]:
-    try:
-        return np.asarray(token_ids)
-    except ValueError as error:
-        raise InputError(
-            "Token ids must form [seq] or [batch, seq]; the sequences differ in length."
-        ) from error
+    def breakpoints(self) -> Breakpoints:
+        """Where stepped runs of this runner stop, in all functions and calls."""
+        return self._calls.breakpoints

@@ -8,10 +8,11 @@ from relax_llm.runtime import vm
 from relax_llm.runtime.breakpoints import Breakpoint, Reference, Stop, Where, breakpoint_of
 from relax_llm.runtime.control import Line
 from relax_llm.runtime.dispatch import OPEN, answer
-from relax_llm.runtime.execution import Execution, Replacement
+from relax_llm.runtime.execution import Execution
 from relax_llm.runtime.interpreter import Frame, Interpreter
 from relax_llm.runtime.launch import Array, Launch
 from relax_llm.runtime.listing import Listed, listed, table
+from relax_llm.runtime.replacement import Replacement
 from relax_llm.runtime.watching import Watch, Watched
 
 

@@ -12,6 +12,7 @@ import pytest
 import relax_llm as rl
 from relax_llm.errors import CheckpointError, InputError
 from relax_llm.finding.comparison import HEADER, KINDS_HEADER
+from relax_llm.runtime.calls import Calls
 from tests.artifact.checkpoints import GPT2, LLAMA, write
 from tests.finding.planting import BAD, GOOD, GUILTY, UNTRIED, tampered
 from tests.machines import PLAINER
@@ -232,17 +233,17 @@ def test_what_no_launch_does_shows_in_the_logits(
 ) -> None:
     """The caches of a run of its own are spoilt between two calls: no launch is to blame, and yet it is said."""
     runner = rl.Runner(planted)
-    arguments = rl.Runner._arguments
+    arguments = Calls._arguments
 
-    def spoilt(self: rl.Runner, state: Any, ids: Any) -> Any:
-        if state.length and self is runner and not hasattr(state, "held"):
+    def spoilt(self: Calls, state: Any, ids: Any) -> Any:
+        if state.length and self is runner._calls and not hasattr(state, "held"):
             states.append(state)
             for array in state._arrays if state is states[0] else ():
                 array[:, :, 0] *= 1.5
         return arguments(self, state, ids)
 
     states: list[Any] = []
-    monkeypatch.setattr(rl.Runner, "_arguments", spoilt)
+    monkeypatch.setattr(Calls, "_arguments", spoilt)
     found = rl.compare(runner, planted, length=UNTRIED, decodes=2)
     assert found.first is None
     assert found.has_drifted

@@ -68,7 +68,7 @@ def test_the_model_goes_on_with_its_own(runner: rl.Runner) -> None:
     assert shadow.first is None
     for ours, right in zip(shadowed, expected, strict=True):
         np.testing.assert_array_equal(ours, right)
-    assert not runner._shadows
+    assert not runner._observers.active
 
 
 def test_the_standard_agrees_with_every_operator(family: tuple[Path, rl.Artifact]) -> None:
@@ -245,4 +245,4 @@ def test_what_is_not_finite(runner: rl.Runner, monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_refused(runner: rl.Runner, site: str, beside: str, said: str) -> None:
     with pytest.raises(InputError, match=said), runner.shadow(site, beside):
         pytest.fail("entered")
-    assert not runner._shadows
+    assert not runner._observers.active

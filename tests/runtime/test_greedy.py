@@ -97,14 +97,14 @@ def test_logits_that_are_none(
     model: rl.Runner, monkeypatch: pytest.MonkeyPatch, value: float, options: dict[str, Any]
 ) -> None:
     """The sentence is the same whether the library looks for the largest, or NumPy."""
-    decode = model._functions["decode"]
+    decode = model._calls.functions["decode"]
 
     def broken(*arguments: Any) -> Any:
         result = decode(*arguments)
         vm.view(result)[..., 3 if value != -np.inf else slice(None)] = value
         return result
 
-    monkeypatch.setitem(model._functions, "decode", broken)
+    monkeypatch.setitem(model._calls.functions, "decode", broken)
     said = "rule out every token" if value == -np.inf else f"contain {abs(value)}"
     with pytest.raises(RelaxLLMError, match=f"logits for new token 2 {said}"):
         model.generate(IDS, max_new_tokens=3, temperature=0, stop_tokens=[], **options)

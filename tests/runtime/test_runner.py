@@ -221,14 +221,14 @@ def test_an_interrupted_call_leaves_the_state_as_it_was(
         with pytest.raises(KeyboardInterrupt):
             runner.decode(state, _Interrupting())  # type: ignore[arg-type]
     else:
-        decode = runner._functions["decode"]
+        decode = runner._calls.functions["decode"]
 
         def interrupted(*arguments: Any) -> Any:
             decode(*arguments)
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setitem(runner._functions, "decode", interrupted)
+            patch.setitem(runner._calls.functions, "decode", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 runner.decode(state, 9)
     assert state.tokens == IDS

@@ -20,6 +20,9 @@ from relax_llm.errors import RecordingError
 
 Array = npt.NDArray[Any]
 
+LIMIT = 2**30
+"""Bytes; the most that a recording holds where nothing else is said."""
+
 FORMAT = "relax-llm recording 1"
 _FORMAT, _RECORDING = "format", "recording"
 

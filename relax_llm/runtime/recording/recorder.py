@@ -16,8 +16,8 @@ from relax_llm.plan.plan import parts_of
 from relax_llm.runtime.breakpoints import kernels_of
 from relax_llm.runtime.control import Line
 from relax_llm.runtime.kernel import argument_names
-from relax_llm.runtime.launch import LIMIT, Launch, Operand
-from relax_llm.runtime.recording.file import Made, Origin, Taken, Writer
+from relax_llm.runtime.launch import Launch, Operand
+from relax_llm.runtime.recording.file import LIMIT, Made, Origin, Taken, Writer
 from relax_llm.runtime.stepper import Steps
 
 Array = npt.NDArray[Any]
