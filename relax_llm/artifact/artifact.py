@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -73,6 +73,16 @@ class Artifact:
         """Which kernel serves each matmul at which sizes, and why."""
         path = self.path / PLAN
         return Plan.from_json(path.read_text(encoding="utf-8"), str(path))
+
+    @cached_property
+    def channels(self) -> Mapping[str, npt.NDArray[Any]]:
+        """By parameter, for matrices whose columns are 2**exponents times the checkpoint's: the exponents, int8 [K].
+
+        What these matrices read is so much smaller; see `relax_llm.compiler.equalize`.
+        """
+        from relax_llm.artifact import channels
+
+        return channels.read(self.path) if channels.CHANNELS in self.manifest.files else {}
 
     @cached_property
     def kernels(self) -> KernelList:

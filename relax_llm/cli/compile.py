@@ -34,6 +34,14 @@ def compile_(
     ],
     weights: o.Weights = None,
     kv_cache: o.KVCache = None,
+    equalize: Annotated[
+        bool,
+        typer.Option(
+            "--equalize/--no-equalize",
+            help="Bring channels to like sizes before weights are stored in few bits.",
+            show_default=False,
+        ),
+    ] = True,
     architecture: o.Architecture = None,
     kernels: o.Kernels = None,
     target: o.Target = None,
@@ -81,6 +89,7 @@ def compile_(
         checkpoint,
         weights=weights,
         kv_cache=kv_cache,
+        equalize=equalize,
         architecture=architecture,
         kernels=kernels,
         target=target,

@@ -10,6 +10,7 @@ from typing import Any
 import tvm
 import tvm_ffi
 
+from relax_llm.artifact import channels
 from relax_llm.artifact.artifact import PLAN, WEIGHTS, finish, versions
 from relax_llm.artifact.listings import LISTINGS
 from relax_llm.artifact.manifest import Cache, Manifest, Weight
@@ -17,6 +18,7 @@ from relax_llm.artifact.weights import write
 from relax_llm.checkpoint import Checkpoint
 from relax_llm.compiler import launches, listings
 from relax_llm.compiler.dump import dumping
+from relax_llm.compiler.equalize import Equalized, equalize
 from relax_llm.compiler.export import export
 from relax_llm.compiler.link import write_library
 from relax_llm.compiler.parameters import Reader, match
@@ -45,6 +47,7 @@ def build(
     warn: Callable[[str], None],
     pipeline: Sequence[Entry] | None = None,
     dump_ir: str | os.PathLike[str] | None = None,
+    equalized: bool = True,
 ) -> None:
     """Compile a checkpoint into an empty directory.
 
@@ -59,6 +62,10 @@ def build(
     planner.storage = Storage.of(planner.weights, tensors, decoder.vocab_size)
     with progress.task("Tracing", 1):
         mod = export(decoder, machine, planner.kv_cache)
+    made = Equalized(tensors)
+    if equalized:
+        quiet = Reader(tensors, lambda _: None)  # they are read again, and warned of then
+        made = equalize(mod, tensors, planner.storage, decoder.context_length, quiet, progress)
     to_launches, to_instructions = (part.bind(planner) for part in as_pipeline(pipeline).parts())
     with (
         progress.task("Passes", len(to_launches) + len(to_instructions)) as advance,
@@ -88,7 +95,7 @@ def build(
             warnings.append(text)
             warn(text)
 
-    read = Reader(tensors, note)
+    read = Reader(made.tensors, note)
     by_name = dict(zip((weight.name for weight in weights), recipes, strict=True))
     with progress.task("Packing weights", len(weights)) as advance, (directory / WEIGHTS).open("wb") as file:
 
@@ -97,7 +104,15 @@ def build(
             return by_name[weight.name].make(read, planner.layout)
 
         write(file, weights, make)
-    notes = [*unlinked, *checkpoint.notes, *unused, *_save_tokenizer(checkpoint, directory), *warnings]
+    channels.write(directory, made.exponents)
+    notes = [
+        *unlinked,
+        *made.notes,
+        *checkpoint.notes,
+        *unused,
+        *_save_tokenizer(checkpoint, directory),
+        *warnings,
+    ]
     hidden = mod["hidden"].ret_ty.shape[-1]
     finish(
         directory,

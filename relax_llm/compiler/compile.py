@@ -42,6 +42,7 @@ def compile(
     *,
     weights: str = "f32",
     kv_cache: str = AUTO,
+    equalize: bool = True,
     architecture: "type[Decoder] | str | os.PathLike[str] | None" = None,
     target: str | None = None,
     kernels: Sequence[Kernel | str | os.PathLike[str]] = (),
@@ -63,6 +64,8 @@ def compile(
         kv_cache: How keys and values are stored: "f32"; "bf16", half of that, where attention may round queries and
             softmax weights to bf16, too; "q8", a quarter, as bytes with a scale for each position; or "auto", f32
             beside weights in f32 and bf16 beside others.
+        equalize: Whether to bring channels to like sizes before their weights are stored in groups of few bits, which
+            changes nothing that the model computes and makes rounding errors a good deal smaller.
         architecture: A subclass of `relax_llm.layers.Decoder`, or a Python file with one; by default the built-in one
             for the checkpoint's model_type.
         target: The processor to compile for: an x86-64 level such as "x86-64-v3", "aarch64", or "cuda" for
@@ -113,7 +116,7 @@ def compile(
             "Kernels written in Python cannot be saved; compile without an output, and save with python_kernels=True."
         )
     wanted = plan if isinstance(plan, Plan) or plan is None else Plan.read(plan)
-    key = _key(opened, formats, kv_cache, architecture, target, chosen, pipeline, wanted, selection)
+    key = _key(opened, formats, kv_cache, equalize, architecture, target, chosen, pipeline, wanted, selection)
     place = cache_directory() / "artifacts" / key
 
     def make(directory: Path) -> Artifact:
@@ -124,6 +127,7 @@ def compile(
                 progress or Silent(),
                 weights=formats,
                 kv_cache=kv_cache,
+                equalized=equalize,
                 architecture=architecture,
                 target=target,
                 kernels=chosen,
@@ -194,6 +198,7 @@ def _key(
     checkpoint: Checkpoint,
     weights: Wanted,
     kv_cache: str,
+    equalize: bool,
     architecture: Any,
     target: str | None,
     kernels: Sequence[Kernel],
@@ -207,6 +212,7 @@ def _key(
         "config": checkpoint.config,
         "weights": str(weights),
         "kv_cache": kv_cache,
+        "equalize": equalize,
         "architecture": _source_of(architecture),
         "target": target or [cpu.architecture(), sorted(cpu.features())],
         "kernels": [_kernel_source(kernel) for kernel in kernels],

@@ -8,7 +8,7 @@ from relax_llm.checkpoint import Tensor
 from relax_llm.compiler.recipes import joined_name
 from relax_llm.compiler.wanted import BLOCKS, HEAD, Wanted
 from relax_llm.errors import CompileError
-from relax_llm.formats import FORMATS, Blocks
+from relax_llm.formats import FORMATS, Blocks, Format
 from relax_llm.layers.decoder import site_of_weight
 
 
@@ -45,6 +45,21 @@ class Storage:
         """
         site = site_of_weight(joined_name(list(parameters))) if parameters else ""
         self._sites[site] = None
+        return self._format(parameters, site, rows)
+
+    def in_groups(self, parameter: str) -> bool:
+        """Whether a matrix other than the head is kept in groups of few bits, which share a scale."""
+        return isinstance(self._format_of(parameter), Blocks)
+
+    def is_carried(self, parameter: str) -> bool:
+        """Whether the checkpoint has a matrix other than the head in blocks that hold what was chosen for it."""
+        theirs, chosen = FORMATS.get(BLOCKS.get(self.stored[parameter], "")), self._format_of(parameter)
+        return isinstance(theirs, Blocks) and isinstance(chosen, Blocks) and theirs.fits(chosen)
+
+    def _format_of(self, parameter: str) -> Format:
+        return FORMATS[self._format([parameter], site_of_weight(parameter), 0)]
+
+    def _format(self, parameters: Sequence[str], site: str, rows: int) -> str:
         chosen = list(self.wanted.at(site).values())
         if chosen:
             return chosen[-1]

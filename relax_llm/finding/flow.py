@@ -1,9 +1,16 @@
 """Which launch reads what another has written: the data flow of a function, read off its instructions."""
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy.typing as npt
 
 from relax_llm.artifact.manifest import Launch
+from relax_llm.plan.plan import parts_of
 from relax_llm.runtime.program import VOID, Call, Program, Source
+from relax_llm.runtime.runner import Runner
+
+Array = npt.NDArray[Any]
 
 
 def readers(
@@ -51,3 +58,27 @@ def readers(
             else:
                 wrote.pop(instruction.target, None)
     return found
+
+
+def exponents(runner: Runner, function: str) -> list[Array | None]:
+    """For each launch those of the channels it writes, int8 [K], where the matrices that read them say some.
+
+    Its result is 2**exponents times smaller than by the checkpoint's weights; see `relax_llm.compiler.equalize`.
+    """
+    known, manifest = runner.artifact.channels, runner.artifact.manifest
+    launches = manifest.functions[function]
+    read = [
+        next((known[name] for name in _parameters(launch) if name in known), None) if known else None
+        for launch in launches
+    ]
+    found: list[Array | None] = [None] * len(launches)
+    if known:
+        for at, those in enumerate(readers(runner.program, function, launches, frozenset(manifest.kernels))):
+            found[at] = next((read[reader] for reader, position in those if position == 0), None)
+    return found
+
+
+def _parameters(launch: Launch) -> list[str]:
+    """Those that the weights of a launch are made of."""
+    weights = [argument.name for argument in launch.arguments if argument.role == "weight"]
+    return [f"{part}.weight" for name in weights for part in parts_of(name.removesuffix(".weight"))]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from relax_llm.artifact.manifest import Manifest
@@ -30,12 +31,14 @@ class Counterpart:
         make: Makes of these what the launch's results should be, in their order; None for one that the reference
             does not have.
         weights: How the reference stores the weight.
+        exponents: Of channels [..., K] that the reference has 2**exponents times smaller than the checkpoint.
     """
 
     label: str
     needs: tuple[Hashable, ...]
     make: Callable[[Sequence[Array]], list[Array | None]]
     weights: str = "f32"
+    exponents: Array | None = None
 
 
 class Reference(Protocol):
@@ -82,6 +85,7 @@ class Walk:
         own: Steps,
         held: Steps,
         counterparts: Sequence[Counterpart | None],
+        exponents: Sequence[Array | None],
         manifest: Manifest,
         bound: float | None,
     ) -> None:
@@ -92,6 +96,7 @@ class Walk:
             own: The call on a state of its own.
             held: The same call, on a state that is held to the reference's.
             counterparts: For each launch.
+            exponents: For each launch, of the subject's channels, as a counterpart has the reference's.
             manifest: The subject's.
             bound: For every site, in place of its own.
         """
@@ -99,6 +104,7 @@ class Walk:
         self._call = call
         self._own, self._held = own, held
         self._counterparts = counterparts
+        self._exponents = exponents
         self._manifest = manifest
         self._bound = bound
         self._at = 0
@@ -142,6 +148,10 @@ class Walk:
         if counterpart is None:
             return
         expected = counterpart.make([self._waiting[name] for name in counterpart.needs])
+        expected = [
+            None if value is None else _as_large(value, self._exponents[self._at], counterpart.exponents)
+            for value in expected
+        ]
         made = results(held)
         fitting = [
             value if value is not None and _fits(value, result) else None
@@ -207,6 +217,13 @@ def _measured(launch: Launch, made: Result, right: Array, problem: Mapping[str, 
     """The difference of a result, of a cache's last tokens where the reference has no more."""
     value = made.value[:, :, made.value.shape[2] - right.shape[2] :] if made.name else made.value
     return difference(value, right, None if made.name else residual_of(launch, problem))
+
+
+def _as_large(value: Array, subject: Array | None, reference: Array | None) -> Array:
+    """What the reference has, with channels as large as the subject's."""
+    if subject is not None:
+        value = np.ldexp(value, -subject.astype(np.int32))
+    return value if reference is None else np.ldexp(value, reference.astype(np.int32))
 
 
 def _fits(value: Array, result: Result) -> bool:

@@ -140,6 +140,10 @@ class Blocks:
         head = np.stack(halves, axis=-1).astype(np.float16, copy=False).view(np.uint8)
         return np.concatenate([head, codes], axis=-1).reshape(n, -1)
 
+    def fits(self, to: "Blocks") -> bool:
+        """Whether another format holds the same weights, if no minimum is too large for it."""
+        return to == self or not (self.minimum or to.code_bits < self.code_bits)
+
     def converted(self, stored: Array, to: "Blocks") -> Array | None:
         """The same weights in another format, exactly; None where it cannot hold them so.
 
@@ -147,7 +151,7 @@ class Blocks:
         """
         if to == self:
             return stored
-        if self.minimum or to.code_bits < self.code_bits:
+        if not self.fits(to):
             return None
         parts = self.split(stored)
         if to.minimum:

@@ -14,6 +14,7 @@ from relax_llm.errors import CheckpointError, InputError
 from relax_llm.finding.comparison import HEADER, KINDS_HEADER
 from relax_llm.runtime.calls import Calls
 from tests.artifact.checkpoints import GPT2, LLAMA, write
+from tests.compiler.uneven import WIDE, uneven
 from tests.finding.planting import BAD, GOOD, GUILTY, UNTRIED, tampered
 from tests.machines import PLAINER
 
@@ -46,6 +47,25 @@ def test_at_another_size_nothing_is_wrong(planted: rl.Artifact) -> None:
     assert found.agrees
     assert found.first is None
     assert found.over == ()
+
+
+def test_channels_of_other_sizes_are_no_difference(tmp_path: Path) -> None:
+    """Where weights have few bits channels are scaled; beside f32 and transformers each launch is what it should be."""
+    checkpoint = uneven(write(tmp_path / "checkpoint", WIDE))
+    small, exact = (
+        rl.compile(checkpoint, weights=weights, kv_cache="f32", target=PLAINER) for weights in ("q8", "f32")
+    )
+    assert small.channels
+    norm = "layers.0.post_attention_layernorm"
+    for found in (
+        rl.compare(small, exact, prompt=[1, 2, 3, 4, 5]),
+        rl.compare(small, reference=checkpoint, prompt=[1, 2, 3, 4, 5]),
+        rl.compare(exact, small, prompt=[1, 2, 3, 4, 5]),
+    ):
+        assert found.over == ()
+        assert max(site.local.relative for site in found.sites if site.site == norm) < 1e-5
+    whole = rl.compile(checkpoint, weights="q8", kv_cache="f32", target=PLAINER, equalize=False)
+    assert rl.compare(small, whole, prompt=[1, 2, 3, 4, 5]).over == ()
 
 
 def test_a_model_beside_itself(planted: rl.Artifact) -> None:

@@ -74,7 +74,7 @@ class SelectKernels:
                 if isinstance(problem, Matmul):
                     weight = call.args[1][1]
                     stored = self.planner.storage.format(_sources(line, weight), problem.n)
-                    rounded = "int8" if isinstance(FORMATS[stored], Blocks) else _ROUNDED.get(stored)
+                    rounded = self._rounded(stored, problem.n)
                     problem = changed_copy(problem, weight_format=stored, activations=rounded)
                     choice = self.planner.choose(problem, _site(line, [weight], problem))
                     # A GPU's kernels mostly read the weight as it is, as an embedding may beside them.
@@ -105,6 +105,16 @@ class SelectKernels:
                 line.insert(var, before)
                 line.rebind(var, replaced)
         return edit.module()
+
+    def _rounded(self, stored: str, outputs: int) -> str | None:
+        """What activations may be rounded to beside a weight of some format.
+
+        Those of a head, whose outputs are the vocabulary, to two bytes: of a prompt it reads the last token alone, and
+        what it misses is missed by a logit.
+        """
+        if isinstance(FORMATS[stored], Blocks):
+            return "int16" if outputs == self.planner.storage.vocab_size else "int8"
+        return _ROUNDED.get(stored)
 
     def _table(
         self, line: Line, problem: Problem, call: relax.Call, shared: Mapping[str, tuple[Layout, str]]
