@@ -5,7 +5,9 @@ python -m benchmarks.selection [CHECKPOINT] [--kernels FILE] [--quick] [--json]
 The kernels that compete for a model's matmuls are measured and planned for as by `relax-llm tune`. Then all of them
 are measured again, more carefully, at sizes that the tuning did not see. The regret of a plan at a size is the time of
 the kernel that it chooses over that of the fastest kernel in the library there; it is shown for plans with 1, 2, ...
-kernels and for other ways to choose. The cost of dispatch is that of a call of a dispatcher over a call of its kernel.
+kernels and for other ways to choose. Half of the rounds say which kernel is fastest, and the others how fast it is, by
+turns: else the luckier of two equal kernels would be the standard, and every choice a little wrong. The cost of
+dispatch is that of a call of a dispatcher over a call of its kernel.
 """
 
 import argparse
@@ -38,10 +40,10 @@ MOST_KERNELS = 12
 THRESHOLDS = (2, 8)
 """Last M of the first ranges that other projects fix in their source; each gets the kernel that is best there."""
 
-CAREFUL = Care(least=9, most=31, spread=0.01, hopeless=2.0)
+CAREFUL = Care(least=16, most=40, spread=0.01, hopeless=2.0)
 
-Times = Mapping[int, Mapping[str, float]]
-"""Measured seconds by M, then by kernel."""
+Times = Mapping[int, Mapping[str, Sequence[float]]]
+"""Measured seconds, one for each round, by M, then by kernel."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,25 @@ def chosen(times: Times, sizes: Sequence[int], choose: Callable[[int], str]) -> 
 
     A kernel that was too slow to be measured to the end counts with the time that it was given up at.
     """
-    return {size: times[size][choose(size)] / min(times[size].values()) for size in sizes}
+    return {size: over_fastest(times[size], choose(size)) for size in sizes}
+
+
+def over_fastest(samples: Mapping[str, Sequence[float]], kernel: str) -> float:
+    """The time of a kernel over that of the fastest, which is found by other rounds than it is compared in."""
+    ratios = []
+    for half in (0, 1):
+        fastest = min(samples, key=lambda name: estimate(samples[name][1 - half :: 2]))
+        ratios.append(estimate(samples[kernel][half::2]) / estimate(samples[fastest][half::2]))
+    return math.sqrt(ratios[0] * ratios[1])
 
 
 def padded(times: Times, sizes: Sequence[int]) -> dict[int, float]:
     """The same for rows padded to the next power of two, with the fastest kernel there."""
-    return {size: min(times[bucket(size)].values()) / min(times[size].values()) for size in sizes}
+
+    def least(size: int) -> float:
+        return min(map(estimate, times[size].values()))
+
+    return {size: least(bucket(size)) / least(size) for size in sizes}
 
 
 def bucket(size: int) -> int:
@@ -167,8 +182,7 @@ def _trial(
     times = {}
     for size in sorted(held_out | {bucket(size) for size in held_out}):
         rivals = [rival.name for rival in found.contest.rivals if rival.serves(size)]
-        taken = contend(rivals, found.contest.prepare(size, True), CAREFUL, Deadline(math.inf))
-        times[size] = {name: estimate(samples) for name, samples in taken.items()}
+        times[size] = contend(rivals, found.contest.prepare(size, True), CAREFUL, Deadline(math.inf))
         advance(size in held_out)
     return Trial(subject, found, tuple(sorted(held_out)), times)
 
