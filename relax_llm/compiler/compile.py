@@ -4,12 +4,10 @@ import hashlib
 import inspect
 import json
 import os
-import shutil
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +15,11 @@ from relax_llm import cpu, ffi
 from relax_llm.artifact.artifact import Artifact, load, replacing, versions
 from relax_llm.artifact.kv_cache import CACHE_DTYPES
 from relax_llm.checkpoint import Checkpoint, open_checkpoint
+from relax_llm.compiler.cache import cached, locked, place_of, size, trim
 from relax_llm.compiler.sources import pass_sources
 from relax_llm.compiler.user_kernels import gather
 from relax_llm.compiler.wanted import AUTO, WHOLE, Wanted, kv_cache_for
 from relax_llm.errors import ArchitectureError, ArtifactError, CompileError, KernelError
-from relax_llm.places import cache_directory
 from relax_llm.plan.kernel import Kernel, Layout, Selection
 from relax_llm.plan.plan import Plan
 from relax_llm.progress import Progress, Silent
@@ -117,7 +115,7 @@ def compile(
         )
     wanted = plan if isinstance(plan, Plan) or plan is None else Plan.read(plan)
     key = _key(opened, formats, kv_cache, equalize, architecture, target, chosen, pipeline, wanted, selection)
-    place = cache_directory() / "artifacts" / key
+    place = place_of(key)
 
     def make(directory: Path) -> Artifact:
         with replacing(directory) as temporary:
@@ -140,10 +138,15 @@ def compile(
 
     anew = dump_ir is not None  # what is in the cache passed through no pipeline now
     if output is not None:
-        found = _cached(place, chosen) if cache and not anew else None
+        found = cached(place, chosen) if cache and not anew else None
         return found.save(output) if found else make(Path(output))
-    with _locked(place):
-        return (None if anew else _cached(place, chosen)) or make(place)
+    most = size()
+    with locked(place):
+        found = None if anew else cached(place, chosen)
+        if found is None:
+            found = make(place)
+            trim(place, most)
+        return found
 
 
 def _build(
@@ -184,14 +187,6 @@ def _warn(text: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "relax_llm":
         level, frame = level + 1, frame.f_back
     warnings.warn(text, RuntimeWarning, stacklevel=level)
-
-
-def _cached(place: Path, kernels: Sequence[Kernel]) -> Artifact | None:
-    try:
-        return load(place, kernels=kernels) if place.is_dir() else None
-    except ArtifactError:
-        shutil.rmtree(place, ignore_errors=True)
-        return None
 
 
 def _key(
@@ -301,26 +296,3 @@ def _package_digest() -> str:
                 digest.update(str(name).encode())
                 digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-@contextmanager
-def _locked(place: Path) -> Iterator[None]:
-    """Hold a lock, so that of two processes that want the same artifact one makes it and the other waits."""
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with place.with_name(f"{place.name}.lock").open("w") as file:
-            _flock()(file.fileno())
-            yield
-    except OSError as error:
-        raise ArtifactError(
-            f"The cache {place.parent} cannot be used ({error.strerror or error}); set XDG_CACHE_HOME or pass an "
-            "output."
-        ) from error
-
-
-def _flock() -> Callable[[int], None]:
-    try:
-        import fcntl
-    except ImportError:  # Windows: the rename at the end is atomic, so two processes only waste work
-        return lambda _: None
-    return lambda descriptor: fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import sys
+import time
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -451,3 +452,67 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert kind == "ArtifactError"
     assert message == f"{out} cannot be written: File too large."
     assert [path.name for path in tmp_path.iterdir()] == ["large"]
+
+
+def _used(place: Path, hours: float) -> None:
+    """Say that an artifact was used so many hours ago."""
+    when = time.time() - 3600 * hours
+    os.utime(place, (when, when))
+
+
+def _three(cache: Path, own: Path) -> list[Path]:
+    """Three artifacts in the cache, used three, two and four hours ago."""
+    places = [rl.compile(own, weights=weights, target=PLAINER).path for weights in ("f32", "bf16", "f16")]
+    for place, hours in zip(places, (3, 2, 4), strict=True):
+        _used(place, hours)
+    assert sorted(place.name for place in places) == sorted(
+        path.name for path in cache.iterdir() if path.is_dir()
+    )
+    return places
+
+
+def _gigabytes(place: Path, count: float) -> str:
+    return str(count * sum(file.stat().st_size for file in place.iterdir()) / 1e9)
+
+
+def test_what_was_used_longest_ago_goes(
+    cache: Path, builds: list[Path], own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, half, other = _three(cache, own)
+    monkeypatch.setenv("RELAX_LLM_CACHE_SIZE", _gigabytes(whole, 3.5))
+    new = rl.compile(own, weights="q8", target=PLAINER).path
+    assert len(builds) == 4
+    assert [place.is_dir() for place in (whole, half, other, new)] == [True, True, False, True]
+    rl.compile(own, target=PLAINER)  # found, and so used
+    _used(new, 1.5)
+    monkeypatch.setenv("RELAX_LLM_CACHE_SIZE", _gigabytes(whole, 2.5))
+    newer = rl.compile(own, weights="q4", target=PLAINER).path
+    assert len(builds) == 5
+    assert [place.is_dir() for place in (whole, half, new, newer)] == [True, False, False, True]
+
+
+def test_what_was_used_just_now_stays(
+    cache: Path, builds: list[Path], own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = _three(cache, own)
+    for place in places:
+        _used(place, 0.5)
+    monkeypatch.setenv("RELAX_LLM_CACHE_SIZE", "0")
+    new = rl.compile(own, weights="q8", target=PLAINER).path
+    assert all(place.is_dir() for place in (*places, new))
+
+
+def test_a_cache_that_has_room_keeps_all(cache: Path, builds: list[Path], own: Path) -> None:
+    places = _three(cache, own)
+    rl.compile(own, weights="q8", target=PLAINER)
+    assert all(place.is_dir() for place in places)
+
+
+@pytest.mark.parametrize("told", ["much", "-1", "nan"])
+def test_a_size_that_is_none(
+    told: str, cache: Path, builds: list[Path], own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RELAX_LLM_CACHE_SIZE", told)
+    with pytest.raises(CompileError, match=f"RELAX_LLM_CACHE_SIZE is '{told}'"):
+        rl.compile(own, target=PLAINER)
+    assert builds == []
