@@ -32,6 +32,7 @@ MANIFEST = "manifest.json"
 LIBRARY = "lib.so"
 OBJECTS = "lib.tar"
 WEIGHTS = "weights.safetensors"
+CHANNELS = "channels.safetensors"
 TOKENIZER = "tokenizer.json"
 PLAN = "plan.json"
 SOURCE = "kernels.cu"
@@ -82,7 +83,7 @@ class Artifact:
         """
         from relax_llm.artifact import channels
 
-        return channels.read(self.path) if channels.CHANNELS in self.manifest.files else {}
+        return channels.read(self.path / CHANNELS) if CHANNELS in self.manifest.files else {}
 
     @cached_property
     def kernels(self) -> KernelList:

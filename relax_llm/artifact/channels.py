@@ -9,21 +9,19 @@ from safetensors.numpy import load_file, save_file
 
 Array = npt.NDArray[Any]
 
-CHANNELS = "channels.safetensors"
 
-
-def write(directory: Path, exponents: Mapping[str, Array]) -> None:
+def write(path: Path, exponents: Mapping[str, Array]) -> None:
     """Write the file, where there is something to say.
 
     Args:
-        directory: The artifact's.
-        exponents: By parameter, int8 [K]: what the matrix reads is divided by 2**exponents, and so are its columns
-            larger.
+        path: The file.
+        exponents: By parameter, int8 [K]: its columns are 2**exponents times the checkpoint's, and what it reads is so
+            much smaller.
     """
     if exponents:
-        save_file(dict(exponents), directory / CHANNELS)
+        save_file(dict(exponents), path)
 
 
-def read(directory: Path) -> Mapping[str, Array]:
+def read(path: Path) -> Mapping[str, Array]:
     """What `write` was given."""
-    return load_file(directory / CHANNELS)
+    return load_file(path)

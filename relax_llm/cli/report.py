@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from relax_llm.artifact import formulas
-from relax_llm.artifact.artifact import LIBRARY, MANIFEST, OBJECTS, SOURCE, WEIGHTS, Artifact, load
+from relax_llm.artifact.artifact import CHANNELS, LIBRARY, MANIFEST, OBJECTS, SOURCE, WEIGHTS, Artifact, load
 from relax_llm.artifact.costs import cost as launch_cost
 from relax_llm.artifact.kernel_list import kernel_uses, shapes_text
 from relax_llm.artifact.manifest import Kernel, Launch, Manifest
@@ -114,7 +114,8 @@ def show(report: Report) -> None:
             "architecture": f"{manifest.architecture}, {manifest.context_length} tokens of context",
             "target": manifest.target,
             "kernels": f"{len(manifest.kernels)}, in {size.get(LIBRARY) or size.get(OBJECTS, '?')} of code",
-            "weights": f"{len(manifest.weights)} tensors, {size.get(WEIGHTS, '?')} as {manifest.stored_as}",
+            "weights": f"{len(manifest.weights)} tensors, {size.get(WEIGHTS, '?')} as {manifest.stored_as}"
+            + (", channels equalized" if CHANNELS in manifest.files else ""),
             "launches": ", ".join(f"{name} {len(calls)}" for name, calls in manifest.functions.items()),
         }
     )

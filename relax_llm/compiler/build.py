@@ -11,7 +11,7 @@ import tvm
 import tvm_ffi
 
 from relax_llm.artifact import channels
-from relax_llm.artifact.artifact import PLAN, WEIGHTS, finish, versions
+from relax_llm.artifact.artifact import CHANNELS, PLAN, WEIGHTS, finish, versions
 from relax_llm.artifact.listings import LISTINGS
 from relax_llm.artifact.manifest import Cache, Manifest, Weight
 from relax_llm.artifact.weights import write
@@ -104,7 +104,7 @@ def build(
             return by_name[weight.name].make(read, planner.layout)
 
         write(file, weights, make)
-    channels.write(directory, made.exponents)
+    channels.write(directory / CHANNELS, made.exponents)
     notes = [
         *unlinked,
         *made.notes,

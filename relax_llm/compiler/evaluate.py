@@ -108,8 +108,11 @@ def _computed(
     if name == "relax.reshape":
         return np.reshape(value(call.args[0]), _shape(var, sizes))
     given = [value(arg) for arg in call.args if isinstance(arg.ty, relax.TensorType | relax.TupleType)]
-    with np.errstate(all="ignore"):
-        made = _OPERATORS[name](call.attrs, *given)
+    try:
+        with np.errstate(all="ignore"):
+            made = _OPERATORS[name](call.attrs, *given)
+    except (TypeError, ValueError, IndexError) as error:  # of arguments that the table does not think of
+        raise UnknownOperatorError(f"{name} as it is used here ({error})") from error
     return made if isinstance(made, tuple) else np.asarray(made, str(var.ty.dtype))
 
 

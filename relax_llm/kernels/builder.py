@@ -16,7 +16,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
-from relax_llm.kernels.machine import LANES
+from relax_llm.kernels.machine import LANES, LINE
 from relax_llm.kernels.threads import TASKS
 
 Expr = Any  # TIR expressions and buffers carry no useful static types in TVM's Python API.
@@ -28,7 +28,6 @@ _calls: ContextVar[list[GlobalVar]] = ContextVar("calls of the function that is 
 
 _LOG_TASKS = TASKS.bit_length() - 1
 
-_LINE = 64  # bytes of a cache line
 _OPAQUE = 8  # The operator pattern that tells TVM's fusion to leave a function alone.
 
 
@@ -101,12 +100,12 @@ def stack(shape: Sequence[int], dtype: str = "float32") -> Expr:
     TVM aligns the stack's buffers to 16 bytes, wherever a thread's stack happens to lie, and every vector that lies
     across two lines is read and written twice.
     """
-    beyond = _LINE // np.dtype(dtype).itemsize
+    beyond = LINE // np.dtype(dtype).itemsize
     count = math.prod(shape) + beyond
     whole = view(local((count,), dtype), (count,), dtype)  # see `scratch`
     kind = PointerType(PrimType(dtype))
     place = T.address_of(whole[beyond - 1])
-    start = T.Bind(T.call_llvm_pure_intrin(kind, "llvm.ptrmask.p0.i64", place, T.int64(-_LINE)))
+    start = T.Bind(T.call_llvm_pure_intrin(kind, "llvm.ptrmask.p0.i64", place, T.int64(-LINE)))
     IRBuilder.name("start", start)
     return T.decl_buffer(tuple(shape), dtype, data=start)
 

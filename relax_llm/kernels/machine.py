@@ -17,6 +17,9 @@ CODE_GENERATION = {"tirx.disable_storage_rewrite": True}
 LANES = 16
 """f32 lanes of every vector in the kernels; LLVM splits them where registers are narrower."""
 
+LINE = 64
+"""Bytes of a cache line, for what is asked for ahead of its use and for memory of a task's own."""
+
 CUDA = "cuda"
 _GPU = {
     "arch": "sm_80",

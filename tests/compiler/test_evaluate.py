@@ -97,3 +97,6 @@ def test_what_has_no_definition(tmp_path: Path) -> None:
     line.rebind(first, relax.op.cumsum(first, axis=-1))
     with pytest.raises(UnknownOperatorError, match=r"relax\.cumsum"):
         run(edit.problems())
+    line.rebind(first, relax.op.concat([line.params[0]], axis=7))
+    with pytest.raises(UnknownOperatorError, match=r"relax\.concat as it is used here"):
+        run(edit.problems())

@@ -15,7 +15,7 @@ from relax_llm.kernels.halves import from_f16
 from relax_llm.kernels.inner import inner, memory, number, pointer
 from relax_llm.kernels.intrinsics import INT8, dot_int8
 from relax_llm.kernels.layout import TiledGroups
-from relax_llm.kernels.machine import LANES, Machine
+from relax_llm.kernels.machine import LANES, LINE, Machine
 from relax_llm.kernels.matmul.operands import Operands, Sums, write
 from relax_llm.kernels.matmul.problem import Matmul
 from relax_llm.kernels.matmul.quantize import BESIDE, GROUP, PLANES, QUADS, quantize
@@ -32,7 +32,6 @@ _TILES = 64  # in a block of rows
 _AT_ONCE = 8  # rows that are quantized by one call
 _SERIAL = 1 << 14  # elements of x that one core quantizes sooner than two could begin
 _AHEAD = 4096  # bytes of weight that are asked for before they are needed
-_LINE = 64
 _FAR = 1 << 20
 _MEMORY = 25e9  # bytes a second that a core reads
 _PRODUCTS = 200e9  # multiply-adds a second of a core
@@ -173,7 +172,7 @@ def multiply_integers(layout: TiledGroups, planes: int, machine: Machine) -> ir.
 def _tile(layout: TiledGroups, planes: int, rows: int, machine: Machine) -> ir.GlobalVar:
     """The function for one height, without that argument."""
     format, cols = layout.blocks, layout.cols
-    group_bytes, lines = layout.group_bytes, -(-layout.group_bytes // _LINE)
+    group_bytes, lines = layout.group_bytes, -(-layout.group_bytes // LINE)
 
     def emit() -> None:
         given = {name: pointer(name, dtype) for name, dtype in _POINTERS}
@@ -194,7 +193,7 @@ def _tile(layout: TiledGroups, planes: int, rows: int, machine: Machine) -> ir.G
         b.either(carry == 0, acc.clear, load)
         with T.serial(groups) as group:
             for line in range(lines):
-                b.prefetch(ahead, (group * group_bytes + _AHEAD + line * _LINE) // 4)
+                b.prefetch(ahead, (group * group_bytes + _AHEAD + line * LINE) // 4)
             for plane in range(planes):
                 for row, index, _, lanes in products:
                     start = T.int32(0)

@@ -16,14 +16,14 @@ from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.inner import inner, memory, number, pointer
 from relax_llm.kernels.intrinsics import dot_bf16, imported
 from relax_llm.kernels.layout import Packed, Tiled, TiledGroups
-from relax_llm.kernels.machine import Machine
+from relax_llm.kernels.machine import LINE, Machine
 from relax_llm.kernels.matmul.reading import Reader, panel_words, reader
 from relax_llm.kernels.matmul.shape import UNROLL, tile_for
 
 STREAMS = 2
 """Places that are read ahead of at once; see `multiply`."""
 
-_LINE = 16  # elements of four bytes in a cache line
+_WORDS = LINE // 4  # elements of four bytes in a cache line
 _FAR = 1 << 20  # steps: micro-kernels do not know how many a panel has
 _FEW_ROWS = 4  # of a tile that has little to do in a step
 
@@ -97,7 +97,7 @@ def _tile(layout: Packed, stride: int, rows: int, machine: Machine, pairs: bool)
     unroll = steps_of_loop(layout, rows, pairs=pairs)
     # A pass of the loop asks for this many lines of each stream; tall tiles come in pairs, which share the work.
     words = layout.cols if pairs else panel_words(layout, 32) / 32  # of the weight in a step
-    lines = math.ceil(unroll * words / (STREAMS * _LINE))
+    lines = math.ceil(unroll * words / (STREAMS * _WORDS))
     lines = lines if rows <= tile.alone else -(-lines // 2)
 
     def emit() -> None:
@@ -130,7 +130,7 @@ def _tile(layout: Packed, stride: int, rows: int, machine: Machine, pairs: bool)
             with T.serial(turns * passes) as turn:
                 for u in range(unroll):
                     for at in range(u * lines * STREAMS // unroll, (u + 1) * lines * STREAMS // unroll):
-                        where = T.truncdiv(turn * spacing, T.int64(passes)) + at // STREAMS * _LINE
+                        where = T.truncdiv(turn * spacing, T.int64(passes)) + at // STREAMS * _WORDS
                         b.prefetch(streams[at % STREAMS], where)
                     step(turn * unroll + u, u)
             if _is_uniform(layout, pairs=pairs):
