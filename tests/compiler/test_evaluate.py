@@ -34,9 +34,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": False,
         "mlp_bias": False,
         "sliding_window": 7,
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_hidden_layers": 2,
     },
     "gpt2 with gelu": {**GPT2, "activation_function": "gelu"},
-    "llama with gelu_tanh": {**LLAMA, "hidden_act": "gelu_pytorch_tanh", "num_hidden_layers": 2},
 }
 
 
