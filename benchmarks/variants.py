@@ -87,11 +87,7 @@ def _through(tensor: Tensor, kind: str) -> Array:
 
 def _changed(checkpoint: Checkpoint, made: Mapping[str, Callable[[], Array]], how: str) -> Checkpoint:
     tensors = {
-        name: replace(
-            tensor, dtype="float32", read_stored=made[name], read_blocks=None, raw_is_transposed=False
-        )
-        if name in made
-        else tensor
+        name: tensor.holding(made[name]) if name in made else tensor
         for name, tensor in checkpoint.tensors.items()
     }
     return replace(checkpoint, tensors=tensors, fingerprint=f"{checkpoint.fingerprint} {how}")

@@ -1,6 +1,7 @@
 """Where this package keeps what it makes."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -8,3 +9,13 @@ def cache_directory() -> Path:
     """The user's cache: `relax_llm` under XDG_CACHE_HOME, by default ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "relax_llm"
+
+
+def bytes_in(directory: Path) -> int:
+    """The size of all files under a directory; of those that another process removes meanwhile, none."""
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with suppress(OSError):
+                total += Path(folder, name).lstat().st_size
+    return total

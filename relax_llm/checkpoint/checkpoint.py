@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from relax_llm.errors import CheckpointError
@@ -57,6 +57,10 @@ class Tensor:
             new memory.
         """
         return self.read_stored()
+
+    def holding(self, read: Callable[[], NDArray[Any]]) -> Tensor:
+        """The same tensor with other numbers, which `read` gives as float32."""
+        return replace(self, dtype="float32", read_stored=read, read_blocks=None, raw_is_transposed=False)
 
     def raw(self) -> NDArray[np.uint8]:
         """Read the quantized blocks as they are stored.

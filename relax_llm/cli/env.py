@@ -11,6 +11,7 @@ from typing import Any
 from relax_llm import cpu
 from relax_llm.cli import options as o, screen, tables
 from relax_llm.cli.models import default_model
+from relax_llm.places import bytes_in, cache_directory
 
 PACKAGES = (
     "relax-llm",
@@ -61,8 +62,6 @@ def env(json: o.Json = False, debug: o.Debug = False) -> None:
 
 def environment() -> dict[str, Any]:
     """Everything that `env` shows."""
-    from relax_llm.places import cache_directory
-
     architectures, failure = _architectures()
     return {
         "packages": {name: _version(name) for name in PACKAGES},
@@ -130,13 +129,5 @@ def _memory() -> int | None:
 
 
 def _cache(directory: Path) -> dict[str, Any]:
-    files = (Path(folder, name) for folder, _, names in os.walk(directory) for name in names)
     artifacts = sum(1 for _ in directory.glob("artifacts/*/manifest.json"))
-    return {"path": str(directory), "artifacts": artifacts, "bytes": sum(map(_size, files))}
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.lstat().st_size
-    except OSError:  # another process is at work there
-        return 0
+    return {"path": str(directory), "artifacts": artifacts, "bytes": bytes_in(directory)}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from relax_llm.artifact.artifact import Artifact, load
 from relax_llm.errors import ArtifactError, CompileError
-from relax_llm.places import cache_directory
+from relax_llm.places import bytes_in, cache_directory
 from relax_llm.plan.kernel import Kernel
 
 SIZE = "RELAX_LLM_CACHE_SIZE"
@@ -66,7 +66,7 @@ def trim(kept: Path, most: float) -> None:
         kept: One that stays, however large it is.
         most: From `size`.
     """
-    left = most - _bytes(kept)
+    left = most - bytes_in(kept)
     used = []
     for other in kept.parent.iterdir():
         with suppress(OSError):  # it is being removed by another process
@@ -74,7 +74,7 @@ def trim(kept: Path, most: float) -> None:
                 used.append((other.stat().st_mtime, other))
     now = time.time()
     for when, other in sorted(used, reverse=True):
-        left -= _bytes(other)
+        left -= bytes_in(other)
         if left < 0 and now - when > _IN_USE:
             shutil.rmtree(other, ignore_errors=True)
 
@@ -100,12 +100,3 @@ def _flock() -> Callable[[int], None]:
     except ImportError:  # Windows: the rename at the end is atomic, so two processes only waste work
         return lambda _: None
     return lambda descriptor: fcntl.flock(descriptor, fcntl.LOCK_EX)
-
-
-def _bytes(directory: Path) -> int:
-    """The size of an artifact's files; of those that another process removes meanwhile, none."""
-    total = 0
-    with suppress(OSError):
-        for file in directory.iterdir():
-            total += file.stat().st_size
-    return total

@@ -19,7 +19,7 @@ Sources: Nagel et al. 2019 (cross-layer equalization); Xiao et al. 2022 (SmoothQ
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -239,4 +239,4 @@ def _scaled(tensor: Tensor, axis: int, exponents: Array) -> Tensor:
     def read() -> Array:
         return np.ldexp(tensor.read().astype(np.float32), exponents.reshape(shape))
 
-    return replace(tensor, dtype="float32", read_stored=read, read_blocks=None, raw_is_transposed=False)
+    return tensor.holding(read)

@@ -67,15 +67,13 @@ def exponents(runner: Runner, function: str) -> list[Array | None]:
     """
     known, manifest = runner.artifact.channels, runner.artifact.manifest
     launches = manifest.functions[function]
-    read = [
-        next((known[name] for name in _parameters(launch) if name in known), None) if known else None
-        for launch in launches
+    if not known:
+        return [None] * len(launches)
+    read = [next((known[name] for name in _parameters(launch) if name in known), None) for launch in launches]
+    return [
+        next((read[reader] for reader, position in those if position == 0), None)
+        for those in readers(runner.program, function, launches, frozenset(manifest.kernels))
     ]
-    found: list[Array | None] = [None] * len(launches)
-    if known:
-        for at, those in enumerate(readers(runner.program, function, launches, frozenset(manifest.kernels))):
-            found[at] = next((read[reader] for reader, position in those if position == 0), None)
-    return found
 
 
 def _parameters(launch: Launch) -> list[str]:

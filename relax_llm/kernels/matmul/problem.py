@@ -58,9 +58,9 @@ class Matmul(Problem):
             raise KernelError(f"Activations are None, 'int8', 'int16' or 'bf16', not {self.activations!r}.")
         if self.gated and self.n % 2:
             raise KernelError(f"A gated product needs an even number of rows of its weight, not {self.n}.")
-        if self.activation is not None and self.activation not in _FLOAT64:
+        if self.activation is not None and self.activation not in IN_NUMPY:
             raise KernelError(
-                f"The activation {self.activation!r} is not known; known: {', '.join(_FLOAT64)}."
+                f"The activation {self.activation!r} is not known; known: {', '.join(IN_NUMPY)}."
             )
 
     @property
@@ -148,7 +148,7 @@ def reference(problem: Matmul, inputs: Mapping[str, npt.NDArray[Any]]) -> npt.ND
     if problem.bias:
         product = product + values["bias"]
     gate = product[:, : problem.outputs]
-    out: npt.NDArray[np.float64] = _FLOAT64[problem.activation](gate) if problem.activation else gate
+    out: npt.NDArray[np.float64] = IN_NUMPY[problem.activation](gate) if problem.activation else gate
     if problem.gated:
         out = out * product[:, problem.outputs :]
     return out + values["residual"] if problem.residual else out
@@ -174,9 +174,10 @@ _SCALAR = {
     "relu": lambda x: tirx.max(x, tirx.const(0.0, "float32")),
 }
 
-_FLOAT64: dict[str, Callable[[Any], Any]] = {
+IN_NUMPY: dict[str, Callable[[Any], Any]] = {
     "silu": lambda x: x / (1.0 + np.exp(-x)),
     "gelu": lambda x: 0.5 * x * (1.0 + np.vectorize(math.erf)(x * math.sqrt(0.5))),
     "gelu_tanh": lambda x: 0.5 * x * (1.0 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: np.maximum(x, 0.0),
 }
+"""The activations in NumPy, by name."""

@@ -132,7 +132,7 @@ def expected(
 
 def _applied(function: str, arguments: Sequence[_Value]) -> _Value:
     rights = [value.right for value in arguments]
-    right = _REFERENCE[function](*rights)
+    right = IN_NUMPY[function](*rights)
     if function in ("<", "<=", "==", "!="):
         near = np.abs(rights[0] - rights[1]) <= arguments[0].error + arguments[1].error
         inexact = (arguments[0].error + arguments[1].error) > 0
@@ -161,7 +161,7 @@ def _moved(function: str, arguments: Sequence[_Value], right: Array) -> Array:
     if not any(value.error.any() for value in arguments):
         return np.zeros(np.shape(right))
     corners = product(*((value.right - value.error, value.right + value.error) for value in arguments))
-    moved = [np.abs(_REFERENCE[function](*corner) - right) for corner in corners]
+    moved = [np.abs(IN_NUMPY[function](*corner) - right) for corner in corners]
     crossed = function == "/" and np.abs(arguments[1].right) <= arguments[1].error
     return np.where(crossed, np.inf, np.maximum.reduce(moved))
 
@@ -177,7 +177,7 @@ def _where(condition: Array, x: Array, y: Array) -> Array:
     return np.where(condition != 0, x, y)
 
 
-_REFERENCE: Mapping[str, Callable[..., Array]] = {
+IN_NUMPY: Mapping[str, Callable[..., Array]] = {
     "+": np.add,
     "-": np.subtract,
     "*": np.multiply,
@@ -206,6 +206,7 @@ _REFERENCE: Mapping[str, Callable[..., Array]] = {
     },
     **{name: getattr(np, name) for name in ("sin", "sqrt", "tanh", "trunc")},
 }
+"""What each function of an expression computes, in NumPy."""
 
 _ROWS: Shape = ("batch", "seq", 48)
 
