@@ -13,6 +13,7 @@ from tvm import IRModule, relax
 from tvm.ir import GlobalVar
 from tvm.ir.transform import Pass as TVMPass
 
+from relax_llm.compiler.passes.check_once import CheckOnce
 from relax_llm.compiler.passes.combine_projections import CombineProjections
 from relax_llm.compiler.passes.fuse_matmul import FuseMatmul
 from relax_llm.compiler.passes.hide_internal import HideInternal
@@ -21,6 +22,7 @@ from relax_llm.compiler.passes.lift_weights import LiftWeights
 from relax_llm.compiler.passes.schedule_rest import ScheduleRest
 from relax_llm.compiler.passes.select_elementwise import SelectElementwise
 from relax_llm.compiler.passes.select_kernels import SelectKernels
+from relax_llm.compiler.passes.share_values import ShareValues
 from relax_llm.compiler.planner import Planner
 from relax_llm.errors import CompileError
 
@@ -221,10 +223,11 @@ def pipeline() -> Pipeline:
             Standard(theirs.CallTIRRewrite),
             Standard(theirs.StaticPlanBlockMemory),
             Standard(theirs.LowerAllocTensor),
-            Standard(theirs.KillAfterLastUse),
             Standard(theirs.LowerRuntimeBuiltin),
             Standard(theirs.ComputePrimValue),
             Standard(theirs.VMShapeLower),
+            Standard(CheckOnce),  # weights and caches were checked when they were loaded
+            Standard(ShareValues),  # tensors at one place of memory are made once, and not in every layer
             Standard(theirs.AttachGlobalSymbol),
             Standard(HideInternal),  # kernels that only a dispatcher calls
         ]

@@ -26,10 +26,11 @@ TVM = {
     "CallTIRRewrite": "Outputs are allocated explicitly; a launch becomes a call that writes into them.",
     "StaticPlanBlockMemory": "Tensors whose lives do not overlap share memory.",
     "LowerAllocTensor": "A tensor is a view of a storage object.",
-    "KillAfterLastUse": "Memory is given back after its last use.",
     "LowerRuntimeBuiltin": "What is left of Relax's own operators becomes calls of the virtual machine's.",
     "ComputePrimValue": "Arithmetic on sizes becomes functions of its own.",
     "VMShapeLower": "Symbolic sizes are read from the arguments, checked, and kept in a small table.",
+    "CheckOnce": "Ours: weights and caches were checked when they were made, and are not compared again in every call.",
+    "ShareValues": "Ours: a shape, or a tensor over a place of planned memory, is made once, and not in every layer.",
     "AttachGlobalSymbol": "Functions get the names they are called by.",
     "HideInternal": "Ours: kernels that only a dispatcher calls lose theirs.",
 }
