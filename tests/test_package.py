@@ -113,7 +113,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_has_everything_and_nothing_else(wheel: Path) -> None:
     expected = {file.relative_to(ROOT).as_posix() for file in (ROOT / "relax_llm").rglob("*.py")}
     expected |= {f"relax_llm/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "models").rglob("*.py")}
-    expected |= {"relax_llm/py.typed", "relax_llm/kernels/threads.cpp"}
+    expected |= {"relax_llm/py.typed", "relax_llm/kernels/threads.cpp", "relax_llm/kernels/ahead.hpp"}
     expected |= {
         file.relative_to(ROOT).as_posix()
         for file in (ROOT / "relax_llm" / "graph" / "assets").iterdir()

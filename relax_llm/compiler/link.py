@@ -12,6 +12,7 @@ from tvm import relax
 
 from relax_llm import cpu
 from relax_llm.artifact.artifact import HOW_TO_RUN_ON_GPU, LIBRARY, OBJECTS, SOURCE, how_to_link
+from relax_llm.compiler.ahead import announcing
 from relax_llm.errors import CompileError
 from relax_llm.kernels.instruments import instruments
 from relax_llm.kernels.machine import CODE_GENERATION, CUDA, Machine
@@ -97,7 +98,7 @@ def write_library(
 def _with_instruments(mod: tvm.IRModule, machine: Machine) -> tvm.IRModule:
     if machine.is_gpu:
         return mod
-    more = mod.clone()
+    more = announcing(mod) if machine.architecture == cpu.architecture() else mod.clone()
     for symbol, func in instruments(machine).items():
         more[symbol] = func
     return more

@@ -11,6 +11,7 @@
 //   - A thread that was kept from its core in the middle of a task is waited for, at most for as long as the system
 //     serves somebody else. Where that happens twice within a short time the caller does without other threads for some
 //     multiple of it. Then a neighbour has one core, and the loops run on the other at the speed that one core has.
+//   - Who waits for the next loop asks for the weight that will be read there: see ahead.hpp.
 //
 // Tasks do not depend on each other, so that results are the same whoever runs which.
 
@@ -27,6 +28,8 @@
 #ifdef __linux__
 #include <sched.h>
 #endif
+
+#include "ahead.hpp"
 
 namespace {
 
@@ -111,6 +114,8 @@ class Threads {
     return failed;
   }
 
+  void begins(const char *weight, int64_t bytes) { ahead_.begins(weight, bytes); }
+
   void serve(int self);
 
   void stop() {  // before the library is unloaded
@@ -155,6 +160,7 @@ class Threads {
   std::mutex mutex_;
   std::condition_variable work_, done_;
   pthread_t threads_[kMostThreads] = {};
+  Ahead ahead_;
 };
 
 alignas(Threads) unsigned char memory[sizeof(Threads)];
@@ -223,12 +229,14 @@ void Threads::wait() {  // for those who are at a task
 void Threads::serve(int self) {
   unsigned last = 0;
   int patience = kSpins;
+  Ahead::Place place;
   const auto opened = [&] {
     const unsigned now = open_.load();
     return now && now != last;
   };
   while (!stopping_.load(std::memory_order_relaxed)) {
     int spins = 0;
+    if (last) ahead_.ask(place, self, count_, opened);
     while (spins < patience && !opened()) {
       pause();
       spins++;
@@ -279,8 +287,13 @@ int launch(Loop loop, void *data, int) { return threads.launch(loop, data); }
 
 }  // namespace
 
-// The variable that generated code calls through. It is hidden: TVM's loader does not find it, and leaves it as it is.
+// What generated code calls: as a product begins, and the variable for its loops. That one is hidden: TVM's loader does
+// not find it, and leaves it as it is.
 extern "C" {
+__attribute__((visibility("hidden"))) void ANNOUNCE(const char *weight, int64_t bytes) {
+  threads.begins(weight, bytes);
+}
+
 extern __attribute__((visibility("hidden"))) int (*__TVMBackendParallelLaunch)(Loop, void *, int);
 int (*__TVMBackendParallelLaunch)(Loop, void *, int) = launch;
 }

@@ -19,6 +19,9 @@ from relax_llm.errors import CompileError
 TASKS = 32
 """What loops are cut into: many more than threads, but so few that taking them is no work; a power of two."""
 
+ANNOUNCE = "relax_llm_reads"
+"""What a product calls as it begins: (address of its weight, bytes)."""
+
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
@@ -36,7 +39,7 @@ def threads_object() -> bytes:
         )
     with tempfile.TemporaryDirectory() as directory:
         result = Path(directory) / "threads.o"
-        flags = ["-O2", "-std=c++17", "-fPIC", f"-DTASKS={TASKS}", "-x", "c++"]
+        flags = ["-O2", "-std=c++17", "-fPIC", f"-DTASKS={TASKS}", f"-DANNOUNCE={ANNOUNCE}", "-x", "c++"]
         command = [compiler, *flags, "-c", SOURCE.name, "-o", str(result)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=SOURCE.parent)
         if done.returncode:

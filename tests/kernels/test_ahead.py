@@ -1,0 +1,87 @@
+"""Asking for weights ahead: what follows what is learned, a thread goes on where it was, and only products announce."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+from tvm.support import cc
+
+import relax_llm as rl
+from relax_llm.kernels import threads
+
+from ..artifact.checkpoints import LLAMA, llama_shapes, tensors_for, write
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HEADER = threads.SOURCE.with_name("ahead.hpp")
+
+PROGRAM = r"""
+#include <stdlib.h>
+#include <stdio.h>
+#include "ahead.hpp"
+
+#define CHECK(what) do { if (!(what)) { printf("line %d: %s\n", __LINE__, #what); exit(1); } } while (0)
+
+static const int64_t kStep = 512;
+static Ahead ahead;  // all zeros, as in a library
+
+static int steps(Ahead::Place &place, int thread, int threads, int most = 1 << 20) {
+  int count = 0;
+  ahead.ask(place, thread, threads, [&] { return count++ == most; });
+  return count - (count > most);
+}
+
+int main() {
+  char *memory = static_cast<char *>(calloc(1, 1 << 20));
+  const char *a = memory, *b = memory + 8192, *c = memory + 65536, *d = memory + 131072;
+  const int64_t bytes = 8 * kStep, huge = 1ll << 40;
+  Ahead::Place place;
+  ahead.begins(a, bytes);
+  CHECK(steps(place, 1, 2) <= 1);  // nothing is known to follow
+  CHECK(!place.weight);
+  ahead.begins(b, bytes);
+  ahead.begins(c, bytes);
+  ahead.begins(d, huge);
+  ahead.begins(a, bytes);
+  CHECK(steps(place, 1, 2, 3) == 3);  // interrupted in the share of b
+  CHECK(place.weight == b && place.share == bytes / 2 && place.at == 3 * kStep);
+  CHECK(steps(place, 1, 2, 3) == 3);  // goes on: one step of b, two of c
+  CHECK(place.weight == c && place.at == 2 * kStep);
+  ahead.begins(b, bytes);
+  CHECK(steps(place, 1, 2, 1) == 1 && place.weight == c && place.at == 3 * kStep);  // b is read now, c comes next
+  ahead.begins(b, bytes);  // a product that announces itself twice
+  ahead.begins(c, bytes);
+  CHECK(steps(place, 1, 2, 1) == 1 && place.weight == d && place.at == kStep);  // c is read now
+  Ahead::Place other;
+  CHECK(steps(other, 0, 4, 1) == 1 && other.weight == d && other.share == huge / 4);
+  CHECK(steps(place, 1, 2) < 1 << 20);  // no more than a cache holds
+  CHECK(steps(place, 1, 2) == 0);
+  ahead.begins(b, bytes);  // out of order: what was learned of c is another thing now
+  CHECK(steps(other, 0, 4, 1) == 1 && other.weight == c && other.at == kStep);
+  return 0;
+}
+"""
+
+
+def test_order_is_learned_and_places_are_kept(tmp_path: Path) -> None:
+    compiler = cc.get_cc()
+    assert compiler
+    (tmp_path / "order.cpp").write_text(PROGRAM, encoding="utf-8")
+    flags = ["-O1", "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{HEADER.parent}"]
+    subprocess.run([compiler, *flags, "order.cpp", "-o", "order", "-lstdc++"], cwd=tmp_path, check=True)
+    done = subprocess.run([tmp_path / "order"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("target", [None, "x86-64-v3", "aarch64"])
+def test_every_product_announces_its_weight(tmp_path: Path, target: str | None) -> None:
+    source = write(tmp_path / "checkpoint", LLAMA, tensors_for(llama_shapes(LLAMA)))
+    artifact = rl.compile(source, output=tmp_path / "artifact", target=target)
+    kernels = artifact.manifest.kernels
+    announced = {name for name in kernels if f"@{threads.ANNOUNCE}(" in artifact.listing(name).llvm}
+    products = {name for name, kernel in kernels.items() if kernel.operator == "matmul"}
+    assert products
+    assert announced == (set() if target == "aarch64" else products)  # for aarch64 loops run on TVM's threads
