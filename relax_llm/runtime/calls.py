@@ -90,6 +90,12 @@ class Calls:
         state.append(ids)
         return result
 
+    def evaluate_greedily(self, state: State, ids: Ids) -> tuple[Any, Any]:
+        """Append tokens to a state; logits [batch, 1, vocab] and the likeliest to follow, int32 [batch, 1, 1]."""
+        logits = self.evaluate("decode" if ids.shape[1] == 1 else "prefill", state, ids)
+        sizes = {"batch": ids.shape[0], "seq": 1, "kv_len": state.length}
+        return logits, self.call("greedy", sizes, logits)
+
     def call(self, function: str, sizes: Mapping[str, int], *arguments: Any) -> Any:
         """Call a function that changes no state; what it gives, a tensor of TVM's.
 
@@ -130,7 +136,7 @@ class Calls:
             raise InputError("The state belongs to another model; make one with this runner's start().")
         caches = state.reserve(ids.shape[1])
         sizes = {"batch": ids.shape[0], "seq": ids.shape[1], "kv_len": state.length + ids.shape[1]}
-        return sizes, (vm.tensor(ids), vm.shape(sizes["kv_len"]), caches, self._weights)
+        return sizes, (state.argument(ids), vm.shape(sizes["kv_len"]), caches, self._weights)
 
     def _whole(self, function: str, sizes: Mapping[str, int], arguments: Sequence[Any]) -> Any:
         """Call a function as a whole; what it gives."""

@@ -179,7 +179,7 @@ def _pieces(task: _Task, state: CacheState | None, encoding_seconds: float) -> G
                 "something else between two pieces. Give that a copy of it: state.fork()."
             )
         if greedy:
-            found = runner.greedy(cache, [choice.token_id])
+            found = runner.greedy(cache, choice.token_id)
         elif task.lookup is None:
             found = runner.decode(cache, choice.token_id)
         else:

@@ -84,6 +84,6 @@ class LanguageModel(Protocol):
         """Append one token to the cache; logits [vocab] after it."""
         ...
 
-    def greedy(self, state: Any, token_ids: Sequence[int], /) -> Likeliest:
-        """Append `token_ids` [seq] to the cache; the likeliest token after the last one."""
+    def greedy(self, state: Any, token_ids: int | Sequence[int], /) -> Likeliest:
+        """Append one id or `token_ids` [seq] to the cache; the likeliest token after the last one."""
         ...

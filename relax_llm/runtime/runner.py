@@ -3,6 +3,7 @@
 import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from ctypes import c_float, c_int32
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -28,7 +29,15 @@ from relax_llm.runtime.recording.recorder import Recording
 from relax_llm.runtime.shadow import Beside, Shadow
 from relax_llm.runtime.state import State
 from relax_llm.runtime.stepper import Steps
-from relax_llm.runtime.token_ids import Floats, TokenIds, array_of, ids_of, next_ids_of, shaped
+from relax_llm.runtime.token_ids import (
+    Floats,
+    TokenIds,
+    array_of,
+    ids_of,
+    next_ids_of,
+    refuse_outside,
+    shaped,
+)
 from relax_llm.runtime.tracing import Tracer
 from relax_llm.text.tokenizer import Tokenizer
 from relax_llm.tracing.limits import Limits
@@ -177,17 +186,18 @@ class Runner:
             InputError: No tokens, ids outside the vocabulary, or another batch than the state's.
             ContextLengthError: The tokens do not fit.
         """
+        if (
+            type(token_ids) is int and state.batch == 1
+        ):  # text: few steps, each of which a cold cache makes slow
+            refuse_outside(token_ids, self.vocab_size)
+            logits, found = self._calls.evaluate_greedily(state, state.one(token_ids))
+            token_id = vm.item(found, 0, c_int32)
+            return Likeliest(token_id, vm.item(logits, token_id, c_float))
         array = array_of(token_ids)
         ids, flat = ids_of(array[None] if array.ndim == 0 else array, state.batch, self.vocab_size)
-        function = "decode" if ids.shape[1] == 1 else "prefill"
-        logits = self._calls.evaluate(function, state, ids)  # [batch, 1, vocab]
-        sizes = {"batch": ids.shape[0], "seq": 1, "kv_len": state.length}
-        found = vm.numpy(self._calls.call("greedy", sizes, logits))[:, 0, 0]
-        values = vm.numpy(logits)
-        if flat:
-            token_id = int(found[0])
-            return Likeliest(token_id, float(values[0, 0, token_id]))
-        return Likeliest(found, values[np.arange(len(found)), 0, found])
+        values, tokens = map(vm.numpy, self._calls.evaluate_greedily(state, ids))
+        chosen = Likeliest(tokens[:, 0, 0], values[np.arange(len(tokens)), 0, tokens[:, 0, 0]])
+        return Likeliest(int(chosen.token_id[0]), float(chosen.logit[0])) if flat else chosen
 
     def generate(
         self,

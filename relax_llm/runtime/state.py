@@ -47,6 +47,8 @@ class State:
         self._argument: Any = None
         self._capacity = 0
         self._ids = np.empty((batch, 0), np.int32)
+        self._one = np.zeros((1, 1), np.int32)
+        self._one_argument: Any = None
         self._length = 0
         self._written = 0  # so many tokens of _ids have their keys and values in the cache, cut off or not
 
@@ -145,6 +147,19 @@ class State:
             room = 2 * self._capacity or needed + needed // _ROOM  # a prompt is followed by an answer
             self._grow(min(-(-max(needed, room) // GRANULE) * GRANULE, limit))
         return self._argument
+
+    def one(self, token_id: int) -> npt.NDArray[np.int32]:
+        """A token as [1, 1], in memory that is used again: NumPy's first steps are slow beside reading an element."""
+        self._one[0, 0] = token_id
+        return self._one
+
+    def argument(self, ids: npt.NDArray[np.int32]) -> Any:
+        """Token ids as an argument of the compiled functions."""
+        if ids is not self._one:
+            return vm.tensor(ids)
+        if self._one_argument is None:
+            self._one_argument = vm.tensor(ids)
+        return self._one_argument
 
     def append(self, ids: npt.NDArray[np.int32]) -> None:
         """Record tokens whose keys and values are now in the cache: [batch, count]."""

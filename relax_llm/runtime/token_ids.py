@@ -29,11 +29,15 @@ def ids_of(token_ids: Any, batch: int, vocab_size: int) -> tuple[Ids, bool]:
     ids = array if array.ndim == 2 else array[None]
     if ids.shape[0] != batch:
         raise InputError(f"The state has {batch} sequences, but the token ids have {ids.shape[0]}.")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        bad = low if low < 0 else high
-        raise InputError(f"Token id {bad} is outside the vocabulary of {vocab_size}.")
+    for bad in (int(ids.min()), int(ids.max())):
+        refuse_outside(bad, vocab_size)
     return np.array(ids, np.int32, order="C"), array.ndim == 1  # a copy: DLPack refuses read-only memory
+
+
+def refuse_outside(token_id: int, vocab_size: int) -> None:
+    """Raise InputError for an id that no token has."""
+    if not 0 <= token_id < vocab_size:
+        raise InputError(f"Token id {token_id} is outside the vocabulary of {vocab_size}.")
 
 
 def next_ids_of(token_id: Any, batch: int, vocab_size: int) -> tuple[Ids, bool]:

@@ -126,9 +126,9 @@ class FakeRunner:
     def decode(self, state: FakeState, token_id: int) -> npt.NDArray[np.float32]:
         return self.prefill(state, [token_id])
 
-    def greedy(self, state: FakeState, token_ids: Sequence[int]) -> Likeliest:
+    def greedy(self, state: FakeState, token_ids: int | Sequence[int]) -> Likeliest:
         self.taken += 1
-        logits = self.prefill(state, token_ids)
+        logits = self.prefill(state, [token_ids] if isinstance(token_ids, int) else token_ids)
         token_id = int(logits.argmax())
         return Likeliest(token_id, float(logits[token_id]))
 
