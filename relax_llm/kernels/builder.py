@@ -174,6 +174,19 @@ def let(name: str, value: Expr) -> Expr:
     return var
 
 
+def kept(value: Expr) -> Expr:
+    """A number or a vector that is computed once, although it is used twice.
+
+    TVM's simplifier copies a bound value that reads no memory back into every use: n steps that use each value twice
+    become 2**n. LLVM makes a register of the memory.
+    """
+    dtype, _, lanes = value.ty.dtype.partition("x")
+    count = int(lanes or 1)
+    cell = local((count,), dtype)
+    store(cell, value, 0, lanes=count)
+    return T.Bind(load(cell, 0, lanes=count))
+
+
 def splat(value: Expr | float, lanes: int = LANES) -> Expr:
     """A vector of one f32 value."""
     scalar = T.float32(value) if isinstance(value, int | float) else value
@@ -290,7 +303,7 @@ def fold(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
     while lanes > 1:
         lanes //= 2
         halves = [T.Shuffle([vector], list(range(first, first + lanes))) for first in (0, lanes)]
-        vector = let("half", combine(*halves))
+        vector = kept(combine(*halves))
     return vector
 
 

@@ -120,7 +120,7 @@ def across(combine: Callable[[Expr, Expr], Expr], vectors: Sequence[Expr]) -> Ex
         joined = []
         for one, other in zip(vectors[::2], vectors[1::2], strict=True):
             parts = [T.Shuffle([one, other], _order(step, part)) for part in range(2)]
-            joined.append(T.Bind(combine(*parts)))
+            joined.append(b.kept(combine(*parts)))
         vectors = joined
     return vectors[0]
 
