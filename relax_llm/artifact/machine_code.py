@@ -2,6 +2,8 @@
 
 A kernel that only a dispatcher calls is mostly inlined into it; what is left of it as functions of their own are the
 bodies of its parallel loops. LLVM's debug locations say which kernel an instruction comes from.
+
+A library is made of several modules of LLVM, one after the other in the text; what kernels share has its own.
 """
 
 import re
@@ -19,6 +21,10 @@ _BODY = "_compute_"
 
 _CHECK, _INTERNAL = "__tvm_ffi_", "_internal_"
 
+SHARED = "_shared_"
+"""Before the name of a function that is called from other modules, its symbol."""
+
+_MODULE = re.compile(r"^(?=; ModuleID = )", re.MULTILINE)
 _DEFINE = re.compile(r"^define [^\n]*?@\"?([\w.$]+)\"?\(.*?^}\n", re.MULTILINE | re.DOTALL)
 _SCOPES = re.compile(
     r"^!(\d+) = (?:distinct )?!(DILocation|DILexicalBlock|DISubprogram)\((.*)\)$", re.MULTILINE
@@ -36,7 +42,7 @@ class MachineCode:
     """A library's code as LLVM has it, optimized, before instructions were chosen.
 
     Attributes:
-        text: LLVM IR.
+        text: LLVM IR, of one module after the other.
     """
 
     text: str
@@ -51,7 +57,7 @@ class MachineCode:
         Returns:
             LLVM IR; empty for a kernel that is not in it.
         """
-        texts = [self._functions[name] for name in self.names(symbol)]
+        texts = [module.functions[name] for module, name in self._found(symbol)]
         if readable:
             texts = [_NOISE.sub("", text) for text in texts]
         return "\n".join([*self._inlined(symbol, ";"), *texts])
@@ -62,18 +68,28 @@ class MachineCode:
         Raises:
             ArtifactError: TVM's compiler, whose LLVM makes it, is not installed.
         """
-        known = self._assembled
-        texts = [_ASSEMBLY_NOISE.sub("", known[name]) for name in self.names(symbol) if name in known]
+        texts = [
+            _ASSEMBLY_NOISE.sub("", module.assembled[name])
+            for module, name in self._found(symbol)
+            if name in module.assembled
+        ]
         return "\n".join([*self._inlined(symbol, "#"), *texts])
 
     def names(self, symbol: str) -> list[str]:
         """The functions that a kernel is made of: its own, those it calls, and the one it was inlined into."""
+        return [name for _, name in self._found(symbol)]
+
+    def _found(self, symbol: str) -> list[tuple["_Module", str]]:
         alone = self._alone(symbol)
         if alone is not None:
             return self._reached([alone])
-        own = [name for name, scopes in self._scopes.items() if symbol in scopes]
-        hosts = [name for name in own if name.endswith(_BODY) or name.startswith(_CHECK)]
-        return [*self._reached(name for name in own if name not in hosts), *hosts[:1]]
+        for module in self._modules:
+            own = [name for name, scopes in module.scopes.items() if symbol in scopes]
+            hosts = [(module, name) for name in own if name.endswith(_BODY) or name.startswith(_CHECK)]
+            rest = [(module, name) for name in own if (module, name) not in hosts]
+            if own:
+                return [*self._reached(rest), *hosts[:1]]
+        return []
 
     def _inlined(self, symbol: str, comment: str) -> list[str]:
         names = self.names(symbol)
@@ -81,29 +97,50 @@ class MachineCode:
             return []
         return [f"{comment} {symbol} was inlined into {names[-1]}."]
 
-    def _alone(self, symbol: str) -> str | None:
+    def _alone(self, symbol: str) -> tuple["_Module", str] | None:
         """The function that a kernel is, where it is one."""
-        names = (symbol + _BODY, _INTERNAL + symbol, symbol, _CHECK + symbol)
-        return next((name for name in names if name in self._functions), None)
+        names = (symbol + _BODY, SHARED + symbol, _INTERNAL + symbol, symbol, _CHECK + symbol)
+        found = ((module, name) for name in names for module in self._modules if name in module.functions)
+        return next(found, None)
 
-    def _reached(self, roots: Iterable[str]) -> list[str]:
+    def _reached(self, roots: Iterable[tuple["_Module", str]]) -> list[tuple["_Module", str]]:
         """Functions, and those that they call or launch."""
-        found: dict[str, None] = {}
+        found: list[tuple[_Module, str]] = []
         waiting = list(roots)
         while waiting:
-            name = waiting.pop(0)
-            if name not in found:
-                found[name] = None
-                inner = dict.fromkeys(_NAMED.findall(self._functions[name]))
-                waiting += [other for other in inner if other in self._functions and _is_computing(other)]
-        return list(found)
+            module, name = waiting.pop(0)
+            if (module, name) not in found:
+                found.append((module, name))
+                for other in dict.fromkeys(_NAMED.findall(module.functions[name])):
+                    there = module if other in module.functions else self._shared.get(other)
+                    if there is not None and _is_computing(other):
+                        waiting.append((there, other))
+        return found
 
     @cached_property
-    def _functions(self) -> Mapping[str, str]:
+    def _modules(self) -> list["_Module"]:
+        return [_Module(text) for text in _MODULE.split(self.text) if text.strip()]
+
+    @cached_property
+    def _shared(self) -> Mapping[str, "_Module"]:
+        """Where the functions are that are called from other modules."""
+        return {
+            name: module for module in self._modules for name in module.functions if name.startswith(SHARED)
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class _Module:
+    """One module of LLVM."""
+
+    text: str
+
+    @cached_property
+    def functions(self) -> Mapping[str, str]:
         return {match[1]: match[0] for match in _DEFINE.finditer(self.text)}
 
     @cached_property
-    def _scopes(self) -> Mapping[str, frozenset[str]]:
+    def scopes(self) -> Mapping[str, frozenset[str]]:
         """For each function, the kernels that its instructions come from."""
         entries = {match[1]: (match[2], match[3]) for match in _SCOPES.finditer(self.text)}
 
@@ -118,11 +155,11 @@ class MachineCode:
         known = {place: kernel(place) for place, (kind, _) in entries.items() if kind == "DILocation"}
         return {
             name: frozenset(known.get(place, "") for place in dict.fromkeys(_PLACE.findall(text)))
-            for name, text in self._functions.items()
+            for name, text in self.functions.items()
         }
 
     @cached_property
-    def _assembled(self) -> Mapping[str, str]:
+    def assembled(self) -> Mapping[str, str]:
         """The functions as assembly."""
         runtime = ffi.runtime()
         ffi.load_compiler()

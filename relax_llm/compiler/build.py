@@ -48,6 +48,7 @@ def build(
     pipeline: Sequence[Entry] | None = None,
     dump_ir: str | os.PathLike[str] | None = None,
     equalized: bool = True,
+    cache: bool = True,
 ) -> None:
     """Compile a checkpoint into an empty directory.
 
@@ -85,7 +86,7 @@ def build(
     weights = _weights(mod, recipes)
     _check_space(directory, sum(weight.nbytes for weight in weights))
     with progress.task("Compiling kernels", 1), listings.script(instructions) as script:
-        unlinked, llvm = write_library(instructions, machine, directory, planner.objects())
+        unlinked, llvm = write_library(instructions, machine, directory, planner.objects(), cache=cache)
     listings.write(directory / LISTINGS, instructions, planner, script.result(), llvm)
     (directory / PLAN).write_text(planner.plan().to_json(), encoding="utf-8")
     warnings: list[str] = []

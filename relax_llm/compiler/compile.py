@@ -79,7 +79,7 @@ def compile(
         dump_ir: A directory for the module after every pass, as text, with what each pass changed. The passes run
             then, whatever the cache holds.
         output: Where to put the artifact; by default the cache, whence `Artifact.save` copies it.
-        cache: Whether an equal compilation made earlier may be used.
+        cache: Whether an equal compilation made earlier may be used, and machine code of kernels that it had in common.
         progress: Where to report to.
 
     Returns:
@@ -133,6 +133,7 @@ def compile(
                 selection=selection,
                 pipeline=pipeline,
                 dump_ir=dump_ir,
+                cache=cache,
             )
         return load(directory, kernels=chosen, for_this_machine=target is None)
 

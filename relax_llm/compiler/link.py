@@ -3,18 +3,22 @@
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tvm
-from tvm import relax
+from tvm import ir, relax
+from tvm.relax.vm_build import _vmcodegen, _vmlink
+from tvm.tirx import PrimFunc
 
 from relax_llm import cpu
 from relax_llm.artifact.artifact import HOW_TO_RUN_ON_GPU, LIBRARY, OBJECTS, SOURCE, how_to_link
 from relax_llm.compiler.ahead import announcing
+from relax_llm.compiler.objects import Code, compiled
 from relax_llm.errors import CompileError
-from relax_llm.kernels.instruments import instruments
+from relax_llm.kernels.instruments import CLOCK, instruments
 from relax_llm.kernels.machine import CODE_GENERATION, CUDA, Machine
 from relax_llm.kernels.threads import link, threads_object
 
@@ -43,7 +47,7 @@ def cross_linker(architecture: str) -> list[str] | None:
 
 
 def write_library(
-    mod: tvm.IRModule, machine: Machine, directory: Path, objects: Sequence[bytes]
+    mod: tvm.IRModule, machine: Machine, directory: Path, objects: Sequence[bytes], *, cache: bool
 ) -> tuple[list[str], str]:
     """Generate code and link it, with the objects of kernels that came as C, into one shared library.
 
@@ -56,6 +60,7 @@ def write_library(
         machine: What to generate for.
         directory: Where the library goes; its objects, where no linker for the machine is installed.
         objects: Object files of kernels.
+        cache: Whether code generated earlier may be used, and this kept.
 
     Returns:
         What the user should know, one sentence each; and the code of all kernels as LLVM IR.
@@ -71,17 +76,16 @@ def write_library(
     name = LIBRARY if here or linker else OBJECTS
     try:
         with tvm.transform.PassContext(config=CODE_GENERATION):
-            executable = relax.build(
-                _with_instruments(mod, machine), machine.target, relax_pipeline=tvm.transform.Sequential([])
-            )
-            llvm = llvm_of(executable.mod)
+            executable, code = _executable(mod, machine, cache)
+            llvm = "".join([llvm_of(executable.mod), *(_named_alike(part.llvm) for part in code)])
+            objects = [*objects, *(part.object for part in code)]
             if machine.is_gpu:
                 (directory / SOURCE).write_text(_device_source(executable.mod), encoding="utf-8")
             if here:
                 link(executable, directory / name, objects)
             else:
                 options = {"fcompile": lambda out, inputs, **_: _link(linker, out, inputs)} if linker else {}
-                executable.export_library(str(directory / name), **options)
+                _export(executable, directory / name, objects, options)
     except (RuntimeError, ValueError) as error:
         raise CompileError(f"Generating code for {machine.name} failed: {error}") from error
     if machine.is_gpu:
@@ -95,13 +99,37 @@ def write_library(
     ], llvm
 
 
-def _with_instruments(mod: tvm.IRModule, machine: Machine) -> tvm.IRModule:
+def _executable(mod: tvm.IRModule, machine: Machine, cache: bool) -> tuple[Any, list[Code]]:
+    """The functions of a model for the virtual machine, and the code of the kernels that they call."""
     if machine.is_gpu:
-        return mod
-    more = announcing(mod) if machine.architecture == cpu.architecture() else mod.clone()
-    for symbol, func in instruments(machine).items():
-        more[symbol] = func
-    return more
+        return relax.build(mod, machine.target, relax_pipeline=tvm.transform.Sequential([])), []
+    if machine.architecture == cpu.architecture():
+        mod = announcing(mod)
+    kernels = {var: func for var, func in mod.functions_items() if isinstance(func, PrimFunc)}
+    more = instruments(machine)
+    # A library that TVM links has code of TVM's own, too: what is always there is the rest's place.
+    there = tvm.IRModule({CLOCK: more.pop(CLOCK)})
+    kernels |= {ir.GlobalVar(symbol): func for symbol, func in more.items()}
+    attrs = dict(mod.attrs or {})
+    builder = relax.ExecBuilder()
+    _vmcodegen(builder, mod, "bytecode")
+    executable = _vmlink(
+        builder,
+        machine.target,
+        there,
+        ext_libs=attrs.get("external_mods", []),
+        params=dict(attrs.get("const_name_to_constant", {})),
+    )
+    return executable, compiled(kernels, machine, cache=cache)
+
+
+def _export(executable: Any, file: Path, objects: Sequence[bytes], options: dict[str, Any]) -> None:
+    """Link for another processor, or put into an archive what is to be linked there."""
+    with tempfile.TemporaryDirectory() as directory:
+        files = [Path(directory) / f"{index}.o" for index in range(len(objects))]
+        for place, data in zip(files, objects, strict=True):
+            place.write_bytes(data)
+        executable.export_library(str(file), addons=[str(place) for place in files], **options)
 
 
 def _refuse_foreign(objects: Sequence[bytes], machine: Machine) -> None:
@@ -126,9 +154,12 @@ def _device_source(module: Any) -> str:
 def llvm_of(module: Any) -> str:
     """The LLVM IR in a compiled module and in those that it imports, the same whenever the same is compiled."""
     text = str(module.inspect_source("ll")) if module.kind == "llvm" else ""
+    return _named_alike(text) + "".join(llvm_of(imported) for imported in module.imports)
+
+
+def _named_alike(text: str) -> str:
     known: dict[str, str] = {}
-    text = _ADDRESS.sub(lambda found: known.setdefault(found[0], f'"buffer{len(known)}"'), text)
-    return text + "".join(llvm_of(imported) for imported in module.imports)
+    return _ADDRESS.sub(lambda found: known.setdefault(found[0], f'"buffer{len(known)}"'), text)
 
 
 def _link(linker: list[str], output: str, inputs: Any) -> None:

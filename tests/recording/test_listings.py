@@ -97,7 +97,9 @@ def test_assembly_is_that_of_the_library(artifact: rl.Artifact) -> None:
     ]
     padding = ("nop", "nopl", "nopw", "xchg", "data16", "cs")
     there = [_plain(name) for name in there if name not in padding]
-    assert there == [_plain(name) for name in ours]
+    # Behind the last instruction, which does not go on, may come another function, which has no symbol.
+    assert ours[-1] in ("retq", "jmp")
+    assert there[: len(ours)] == [_plain(name) for name in ours]
 
 
 def _plain(instruction: str) -> str:
