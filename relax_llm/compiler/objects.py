@@ -164,7 +164,8 @@ def _remember(place: Path, code: Code) -> None:
             file.writestr(_LLVM, code.llvm)
         fresh.replace(place)
     except OSError:
-        fresh.unlink(missing_ok=True)
+        with suppress(OSError):
+            fresh.unlink()
 
 
 def _trim(directory: Path) -> None:
