@@ -5,6 +5,7 @@ is left of each other's: see threads.cpp, which is linked into every library for
 """
 
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
@@ -21,6 +22,9 @@ TASKS = 32
 
 ANNOUNCE = "relax_llm_reads"
 """What a product calls as it begins: (address of its weight, bytes)."""
+
+_OPTIONS = ["-Wl,-Bsymbolic-functions"] if sys.platform == "linux" else []
+"""Parts of a library call each other at once, and not by way of a table that another library could have changed."""
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -63,7 +67,7 @@ def link(executable: Any, library: Path, objects: Sequence[bytes] = ()) -> None:
         files = [Path(directory) / f"{index}.o" for index in range(len(objects) + 1)]
         for file, data in zip(files, [*objects, threads_object()], strict=True):
             file.write_bytes(data)
-        executable.export_library(str(library), addons=[str(file) for file in files])
+        executable.export_library(str(library), addons=[str(file) for file in files], options=_OPTIONS)
 
 
 def load(executable: Any) -> Any:
