@@ -30,7 +30,7 @@ __all__ = ["Generation", "GenerationOptions", "Piece", "Timings", "generate", "s
 DEFAULT_NEW_TOKENS = 256
 """How long an answer may get where neither the caller nor the generation config says."""
 
-DEFAULT_PREFILL_CHUNK = 512
+DEFAULT_PREFILL_CHUNK = 1024
 """How many tokens of a prompt are evaluated in one call."""
 
 
