@@ -29,15 +29,7 @@ from relax_llm.runtime.recording.recorder import Recording
 from relax_llm.runtime.shadow import Beside, Shadow
 from relax_llm.runtime.state import State
 from relax_llm.runtime.stepper import Steps
-from relax_llm.runtime.token_ids import (
-    Floats,
-    TokenIds,
-    array_of,
-    ids_of,
-    next_ids_of,
-    refuse_outside,
-    shaped,
-)
+from relax_llm.runtime.token_ids import Floats, TokenIds, array_of, ids_of, next_ids_of, require_id, shaped
 from relax_llm.runtime.tracing import Tracer
 from relax_llm.text.tokenizer import Tokenizer
 from relax_llm.tracing.limits import Limits
@@ -189,7 +181,7 @@ class Runner:
         if (
             type(token_ids) is int and state.batch == 1
         ):  # text: few steps, each of which a cold cache makes slow
-            refuse_outside(token_ids, self.vocab_size)
+            require_id(token_ids, self.vocab_size)
             logits, found = self._calls.evaluate_greedily(state, state.one(token_ids))
             token_id = vm.item(found, 0, c_int32)
             return Likeliest(token_id, vm.item(logits, token_id, c_float))

@@ -30,11 +30,11 @@ def ids_of(token_ids: Any, batch: int, vocab_size: int) -> tuple[Ids, bool]:
     if ids.shape[0] != batch:
         raise InputError(f"The state has {batch} sequences, but the token ids have {ids.shape[0]}.")
     for bad in (int(ids.min()), int(ids.max())):
-        refuse_outside(bad, vocab_size)
+        require_id(bad, vocab_size)
     return np.array(ids, np.int32, order="C"), array.ndim == 1  # a copy: DLPack refuses read-only memory
 
 
-def refuse_outside(token_id: int, vocab_size: int) -> None:
+def require_id(token_id: int, vocab_size: int) -> None:
     """Raise InputError for an id that no token has."""
     if not 0 <= token_id < vocab_size:
         raise InputError(f"Token id {token_id} is outside the vocabulary of {vocab_size}.")
