@@ -178,9 +178,8 @@ class Runner:
             InputError: No tokens, ids outside the vocabulary, or another batch than the state's.
             ContextLengthError: The tokens do not fit.
         """
-        if (
-            type(token_ids) is int and state.batch == 1
-        ):  # text: few steps, each of which a cold cache makes slow
+        if type(token_ids) is int and state.batch == 1:
+            # Text is generated so: in few steps, for a cold cache makes each of them slow.
             require_id(token_ids, self.vocab_size)
             logits, found = self._calls.evaluate_greedily(state, state.one(token_ids))
             token_id = vm.item(found, 0, c_int32)

@@ -29,8 +29,8 @@ def ids_of(token_ids: Any, batch: int, vocab_size: int) -> tuple[Ids, bool]:
     ids = array if array.ndim == 2 else array[None]
     if ids.shape[0] != batch:
         raise InputError(f"The state has {batch} sequences, but the token ids have {ids.shape[0]}.")
-    for bad in (int(ids.min()), int(ids.max())):
-        require_id(bad, vocab_size)
+    require_id(int(ids.min()), vocab_size)
+    require_id(int(ids.max()), vocab_size)
     return np.array(ids, np.int32, order="C"), array.ndim == 1  # a copy: DLPack refuses read-only memory
 
 
