@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 import tvm
 from tvm import IRModule, ir, relax
 from tvm.relax.analysis import free_vars
+from tvm.relax.utils import copy_with_new_vars
 from tvm.tirx import PrimFunc
 
 from relax_llm.errors import CompileError
@@ -154,6 +155,12 @@ class Edit:
         self._builder = relax.BlockBuilder(mod.clone())
         self._kernels: dict[str, ir.GlobalVar] = {}
         self._called: dict[str, tuple[ir.GlobalVar, PrimFunc]] = {}
+        self._copies: list[Line] = []
+
+    def copy(self, line: Line, name: str) -> Line:
+        """A function like another, as that is now; it joins the module under a name of its own."""
+        self._copies.append(_line(name, copy_with_new_vars(line.function())))
+        return self._copies[-1]
 
     def kernel(self, name: str, make: Callable[[], PrimFunc]) -> ir.GlobalVar:
         """The module's function of this name; made on first use."""
@@ -175,6 +182,8 @@ class Edit:
         """The changed module, without kernels that nothing calls."""
         for line in self.lines:
             self._builder.update_func(self._original.get_global_var(line.name), line.function())
+        for copy in self._copies:
+            self._builder.add_func(copy.function(), copy.name)
         mod = self._builder.get()
         # TVM's own elimination keeps every kernel, as each has a symbol of its own.
         launched = {expr.args[0] for line in lines(mod) for _, expr in line if is_launch(expr)}

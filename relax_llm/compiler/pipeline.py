@@ -20,6 +20,7 @@ from relax_llm.compiler.passes.hide_internal import HideInternal
 from relax_llm.compiler.passes.legalize import Legalize
 from relax_llm.compiler.passes.lift_weights import LiftWeights
 from relax_llm.compiler.passes.schedule_rest import ScheduleRest
+from relax_llm.compiler.passes.screen_head import ScreenHead
 from relax_llm.compiler.passes.select_elementwise import SelectElementwise
 from relax_llm.compiler.passes.select_kernels import SelectKernels
 from relax_llm.compiler.passes.share_values import ShareValues
@@ -210,6 +211,7 @@ def pipeline() -> Pipeline:
             Standard(FuseMatmul),  # bias, activation, gate * up and residual into matmuls
             Standard(Legalize, "machine"),  # norms and lookups have kernels of their own
             Standard(SelectKernels, "planner"),  # which kernel serves each matmul, over which layout
+            Standard(ScreenHead, "planner"),  # of the head, a greedy choice reads what may be chosen
             Standard(LiftWeights),  # concatenation and packing of weights: done when the artifact is made
             Standard(theirs.LegalizeOps),  # what is left, TVM's way
             Standard(theirs.AnnotateTIROpPattern),

@@ -1,6 +1,7 @@
 """How an artifact's weights are made from a checkpoint's tensors: small expressions, as data."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +15,13 @@ from relax_llm.kernels.layout import Layout, parse
 
 Array = npt.NDArray[Any]
 Layouts = Callable[[str], Layout]
+
+_ROWS = 4096
+"""Of a matrix, at a time."""
+
+_UNIT = 2.0**-24
+_ROUNDED = math.sqrt(32) / (2 * 127 * 256)
+"""How far activations in two bytes are from what they were, at most, in lengths of x."""
 
 
 class Read(Protocol):
@@ -145,7 +153,64 @@ class Pack:
         return self.of.sources()
 
 
-Recipe = Source | Transpose | Concat | Encode | Pack
+@dataclass(frozen=True)
+class Decode:
+    """The floats that an encoded matrix stands for."""
+
+    of: "Recipe"
+    format: str
+    k: int
+
+    def __str__(self) -> str:
+        return f"float({self.of})"
+
+    def make(self, read: Read, layouts: Layouts = parse) -> Array:
+        """A new array [N, K]."""
+        return FORMATS[self.format].decode(self.of.make(read, layouts), self.k)
+
+    def sources(self) -> list[str]:
+        """The parameters this is made from."""
+        return self.of.sources()
+
+
+@dataclass(frozen=True)
+class Margins:
+    """How far a product with a matrix in fewer bits may be from that with the matrix, times the length of x, by row.
+
+    The difference of a row w and its row c in fewer bits takes the largest part. The rest is rounding: of sums in
+    float32, which stay within n u of the sum of magnitudes (Higham 2002, section 3.1), and of activations to a 256th
+    of a 127th of the largest of their group.
+    """
+
+    of: "Recipe"
+    format: str
+
+    def __str__(self) -> str:
+        return f"margins_{self.format}({self.of})"
+
+    def make(self, read: Read, layouts: Layouts = parse) -> Array:
+        """float32 [N]; infinite where a weight is not finite."""
+        matrix, format = self.of.make(read, layouts), FORMATS[self.format]
+        n, k = matrix.shape
+        margins = np.empty(n, np.float32)
+        for start in range(0, n, _ROWS):
+            rows = matrix[start : start + _ROWS].astype(np.float32, copy=False)
+            with np.errstate(all="ignore"):
+                rough = format.decode(format.encode(rows), k)
+                length, rough_length = (
+                    np.linalg.norm(part.astype(np.float64), axis=1) for part in (rows, rough)
+                )
+                apart = np.linalg.norm(rows.astype(np.float64) - rough, axis=1)
+                apart += (k + 8) * _UNIT * (length + rough_length) + _ROUNDED * rough_length
+            margins[start : start + _ROWS] = np.where(np.isfinite(apart), apart * (1 + 8 * _UNIT), np.inf)
+        return margins
+
+    def sources(self) -> list[str]:
+        """The parameters this is made from."""
+        return self.of.sources()
+
+
+Recipe = Source | Transpose | Concat | Encode | Pack | Decode | Margins
 
 
 def to_json(recipe: Recipe) -> str:
@@ -167,6 +232,10 @@ def _data(recipe: Recipe) -> list[Any]:
         return ["concat", [_data(part) for part in recipe.parts]]
     if isinstance(recipe, Encode):
         return ["encode", recipe.format, _data(recipe.of)]
+    if isinstance(recipe, Decode):
+        return ["decode", recipe.format, recipe.k, _data(recipe.of)]
+    if isinstance(recipe, Margins):
+        return ["margins", recipe.format, _data(recipe.of)]
     return ["pack", recipe.layout, _data(recipe.of)]
 
 
@@ -180,6 +249,10 @@ def _recipe(data: list[Any]) -> Recipe:
         return Concat(tuple(_recipe(part) for part in rest[0]))
     if kind == "encode":
         return Encode(_recipe(rest[1]), rest[0])
+    if kind == "decode":
+        return Decode(_recipe(rest[2]), rest[0], rest[1])
+    if kind == "margins":
+        return Margins(_recipe(rest[1]), rest[0])
     return Pack(_recipe(rest[1]), rest[0])
 
 

@@ -13,6 +13,9 @@ from relax_llm.kernels.pieces import Pieces
 from relax_llm.kernels.problem import Problem, require_positive, tag
 
 _VECTORS = 4  # Of a block: their maximum is compared with the best so far, and not each of them.
+BLOCK = _VECTORS * LANES
+"""Elements that `largest_of` goes through at once."""
+
 _LONGEST = 65536  # Elements that one core goes through in less time than two need to meet.
 _INFINITY = float("inf")
 _NAN = 2**31 - 1  # Its rank.
@@ -50,7 +53,7 @@ def argmax(problem: Argmax, machine: Machine) -> PrimFunc:
     the row ends are lanes compared, and the one block that won is searched for the element.
     """
     width = problem.width
-    pieces = Pieces(width, _LONGEST, _VECTORS * LANES)
+    pieces = Pieces(width, _LONGEST, BLOCK)
 
     def emit() -> None:
         batch, seq = b.size("batch"), b.size("seq")
@@ -63,7 +66,7 @@ def argmax(problem: Argmax, machine: Machine) -> PrimFunc:
         def task(index: Expr) -> None:
             row, piece = pieces.split(index)
             best, place = b.local((1,), "int32"), b.local((1,), "int32")
-            _largest_of(x, row, piece, pieces, best, place)
+            largest_of(x, row, piece, pieces, best, place)
             if found is None:
                 b.put(out, place[0], row)
             else:
@@ -88,7 +91,7 @@ def argmax(problem: Argmax, machine: Machine) -> PrimFunc:
     return tag(b.prim_func(problem.name, emit), problem)
 
 
-def _largest_of(x: Expr, row: Expr, piece: Expr, pieces: Pieces, best: Expr, place: Expr) -> None:
+def largest_of(x: Expr, row: Expr, piece: Expr, pieces: Pieces, best: Expr, place: Expr) -> None:
     """Write where the largest of a piece is to `place`, and its rank to `best`."""
     first, block = b.let("first", pieces.first(piece)), pieces.block
     b.put(best, T.int32(-(2**31)), 0)

@@ -6,7 +6,7 @@ from typing import Any
 from tvm.tirx import PrimFunc
 
 from relax_llm.artifact.kv_cache import CACHE_DTYPES
-from relax_llm.kernels import argmax, cache, elementwise, lookup, norm, positions, softmax
+from relax_llm.kernels import argmax, cache, contenders, elementwise, lookup, norm, positions, softmax
 from relax_llm.kernels.attention import Attention
 from relax_llm.kernels.attention.streaming import streaming
 from relax_llm.kernels.gpu import gpu_kernel
@@ -21,6 +21,7 @@ _BUILD: dict[type[Problem], tuple[str, Callable[[Any, Machine], PrimFunc]]] = {
     argmax.Argmax: ("by_lane", argmax.argmax),
     Attention: ("streaming", streaming),
     cache.Append: ("by_position", cache.append),
+    contenders.Contenders: ("by_panel", contenders.contenders),
     elementwise.Elementwise: ("by_row", elementwise.elementwise),
     lookup.Embedding: ("by_row", lookup.embedding),
     lookup.LastToken: ("by_sequence", lookup.last_token),

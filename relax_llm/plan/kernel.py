@@ -28,6 +28,7 @@ AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "positions": ("seq", "kv_len"),
         "rope_table": ("seq", "kv_len"),
         "argmax": ("M",),
+        "contenders": ("M",),
         "softmax": ("M",),
         "elementwise": ("batch", "seq"),
     }

@@ -31,6 +31,9 @@ from relax_llm.runtime.tensors import named_tensors, tensor_names
 from relax_llm.runtime.token_ids import Ids
 from relax_llm.runtime.tracing import Tracer
 
+CONTENDERS = "contenders"
+"""The function whose logits are exact where a greedy choice needs them; not every model has one."""
+
 
 class Calls:
     """Calls a model's functions.
@@ -91,8 +94,16 @@ class Calls:
         return result
 
     def evaluate_greedily(self, state: State, ids: Ids) -> tuple[Any, Any]:
-        """Append tokens to a state; logits [batch, 1, vocab] and the likeliest to follow, int32 [batch, 1, 1]."""
-        logits = self.evaluate("decode" if ids.shape[1] == 1 else "prefill", state, ids)
+        """Append tokens to a state; logits [batch, 1, vocab] and the likeliest to follow, int32 [batch, 1, 1].
+
+        Logits may be estimates where they cannot be the largest.
+        """
+        function = "decode" if ids.shape[1] == 1 else "prefill"
+        if (
+            CONTENDERS in self.functions and not self._control.chooses
+        ):  # of what is chosen for the head, it knows nothing
+            function = CONTENDERS
+        logits = self.evaluate(function, state, ids)
         sizes = {"batch": ids.shape[0], "seq": 1, "kv_len": state.length}
         return logits, self.call("greedy", sizes, logits)
 

@@ -65,7 +65,7 @@ def array_of(token_ids: Any) -> npt.NDArray[Any]:
 
 def shaped(function: str, result: Floats, flat: bool) -> Floats:
     """A function's result [batch, seq, ...] as the caller gets it: `flat` where its ids had no batch axis."""
-    if function == "prefill":
+    if function in ("prefill", "contenders"):
         result = result[:, -1]
     elif function == "decode":
         result = result[:, 0]

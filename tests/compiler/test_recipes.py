@@ -11,7 +11,9 @@ from hypothesis import given, strategies as st
 
 from relax_llm.compiler.recipes import (
     Concat,
+    Decode,
     Encode,
+    Margins,
     Pack,
     Recipe,
     Source,
@@ -88,6 +90,18 @@ CASES: list[tuple[Recipe, Array, str, list[str]]] = [
         "tiled16_q8(q8(concat(transpose(c.weight), a.weight)))",
         ["c.weight", "a.weight"],
     ),
+    (
+        Decode(Encode(a, "bf16"), "bf16", 4),
+        FORMATS["bf16"].decode(FORMATS["bf16"].encode(A.astype(np.float32)), 4),
+        "float(bf16(a.weight))",
+        ["a.weight"],
+    ),
+    (
+        Pack(Encode(Decode(Encode(Transpose(c), "q8"), "q8", 4), "q4s"), "tiled16_q4s"),
+        TiledGroups(16, format="q4s").pack(FORMATS["q4s"].encode(FORMATS["q8"].decode(CODED, 4))),
+        "tiled16_q4s(q4s(float(q8(transpose(c.weight)))))",
+        ["c.weight"],
+    ),
 ]
 
 
@@ -97,6 +111,34 @@ def test_recipe(recipe: Recipe, expected: Array, text: str, sources: list[str]) 
     assert str(recipe) == text
     assert recipe.sources() == sources
     assert from_json(to_json(recipe)) == recipe
+
+
+@pytest.mark.parametrize("format", ["q8", "q4"])
+def test_margins_hold_at_the_worst_x(format: str) -> None:
+    """Where x is the difference itself, Cauchy and Schwarz have nothing to spare; rounding has the rest."""
+    random = np.random.default_rng(0)
+    matrix = random.standard_normal((5000, 70)).astype(np.float32)
+    matrix[7], matrix[4500, 3] = 0, np.inf
+
+    class Large(Stored):
+        def __call__(self, name: str) -> Array:
+            return matrix
+
+    margins = Margins(a, format).make(Large())
+    assert margins.dtype == np.float32
+    assert margins.shape == (5000,)
+    assert np.isinf(margins[4500])
+    assert margins[7] == 0
+    finite = np.delete(matrix, 4500, axis=0).astype(np.float64)
+    rough = FORMATS[format].decode(FORMATS[format].encode(finite.astype(np.float32)), 70)
+    apart = finite - rough
+    needed = np.linalg.norm(apart, axis=1)
+    assert (np.delete(margins, 4500) >= needed).all()
+    assert (np.delete(margins, 4500) <= 1.01 * needed + 1e-3 * np.linalg.norm(finite, axis=1)).all()
+    recipe = Margins(Decode(Encode(a, "bf16"), "bf16", 4), format)
+    assert str(recipe) == f"margins_{format}(float(bf16(a.weight)))"
+    assert from_json(to_json(recipe)) == recipe
+    assert recipe.sources() == ["a.weight"]
 
 
 def test_what_a_format_cannot_hold_is_refused() -> None:

@@ -6,10 +6,13 @@ from tvm import IRModule, relax
 
 from relax_llm.compiler.bindings import Edit, Line, is_op, substitute, transposed, typed, used
 from relax_llm.compiler.export import CACHES
+from relax_llm.compiler.passes.screen_head import DECODE, MARGINS
 from relax_llm.compiler.passes.select_kernels import ENCODE, PACK
 from relax_llm.compiler.recipes import (
     Concat,
+    Decode,
     Encode,
+    Margins,
     Pack,
     Recipe,
     Source,
@@ -87,9 +90,11 @@ def _recipe(expr: relax.Expr, known: dict[relax.Var, Recipe]) -> Recipe | None:
         return Concat(tuple(known[part] for part in parts)) if all(part in known for part in parts) else None
     if is_op(expr, "relax.call_pure_packed") and expr.args[1] in known:
         symbol = str(expr.args[0].global_symbol)
-        for prefix, kind in ((ENCODE, Encode), (PACK, Pack)):
+        for prefix, kind in ((ENCODE, Encode), (PACK, Pack), (MARGINS, Margins)):
             if symbol.startswith(prefix):
                 return kind(known[expr.args[1]], symbol.removeprefix(prefix))
+        if symbol.startswith(DECODE):
+            return Decode(known[expr.args[1]], symbol.removeprefix(DECODE), int(expr.ty.shape[1]))
     return None
 
 

@@ -76,18 +76,18 @@ class SelectKernels:
                     stored = self.planner.storage.format(_sources(line, weight), problem.n)
                     rounded = self._rounded(stored, problem.n)
                     problem = changed_copy(problem, weight_format=stored, activations=rounded)
-                    choice = self.planner.choose(problem, _site(line, [weight], problem))
+                    choice = self.planner.choose(problem, site_of_operands(line, [weight], problem))
                     # A GPU's kernels mostly read the weight as it is, as an embedding may beside them.
                     as_is = self.planner.machine.is_gpu and isinstance(choice.layout, Plain)
-                    packed = None if as_is else choice.layout
-                    chosen[var] = problem, choice, packed
+                    layout = None if as_is else choice.layout
+                    chosen[var] = problem, choice, layout
                     if weight in line.params and choice.layout:
                         shared[weight.name] = choice.layout, stored
         for line in edit.lines:
             for var, problem, call in _launches(line, problems):
                 if not isinstance(problem, Matmul):
                     problem, layout = self._table(line, problem, call, shared)
-                    choice = self.planner.choose(problem, _site(line, list(call.args[1]), problem))
+                    choice = self.planner.choose(problem, site_of_operands(line, list(call.args[1]), problem))
                     chosen[var] = problem, choice, layout
         installed: dict[str, ir.GlobalVar] = {}
         for line in edit.lines:
@@ -98,7 +98,7 @@ class SelectKernels:
                 kernel, operands = installed[choice.name], list(call.args[1])
                 before = []
                 if layout is not None:
-                    before = _packed(operands[1], layout, _format_of(problem, layout))
+                    before = packed(operands[1], layout, _format_of(problem, layout))
                     operands[1] = before[-1][0]
                 args = [kernel, relax.Tuple(operands), *call.args[2:]]
                 replaced = typed(relax.Call(call.op, args, call.attrs, call.ty_args))
@@ -173,7 +173,7 @@ def _callee(edit: Edit, realized: Realized) -> tuple[ir.GlobalVar | str, tuple[s
     return edit.called(var, func), sizes
 
 
-def _site(line: Line, operands: list[relax.Expr], problem: Problem) -> str:
+def site_of_operands(line: Line, operands: list[relax.Expr], problem: Problem) -> str:
     """The place that the first weight or cache among operands names; what has neither is a place of its own."""
     for operand in operands:
         names = _sources(line, operand)
@@ -214,7 +214,7 @@ def _format_of(problem: Problem, layout: Layout) -> str:
     return layout.format if isinstance(layout, Plain | Packed) else "f32"
 
 
-def _packed(weight: relax.Expr, layout: Layout, format: str) -> list[tuple[relax.Var, relax.Expr]]:
+def packed(weight: relax.Expr, layout: Layout, format: str) -> list[tuple[relax.Var, relax.Expr]]:
     """Bindings that encode a weight [N, K] and pack it."""
     n, k = (int(size) for size in weight.ty.shape)
     bindings = []

@@ -107,9 +107,9 @@ def _tile(layout: Packed, stride: int, rows: int, machine: Machine, pairs: bool)
         sums = memory(given["sums"], (_FAR,))
         streams = [memory(given[name], (_FAR,)) for name in ("ahead", "beyond")]
         vectors = (
-            _pairs_at(given["weight"], tile.cols) if pairs else _floats_at(layout, given["weight"], machine)
+            _pairs_at(given["weight"], layout.cols) if pairs else _floats_at(layout, given["weight"], machine)
         )
-        acc = b.Registers(rows, b.chunks(tile.cols))
+        acc = b.Registers(rows, b.chunks(layout.cols))
 
         def step(k: Expr, u: int) -> None:
             for row, index, column, lanes in acc:

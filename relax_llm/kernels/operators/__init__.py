@@ -6,6 +6,7 @@ from types import MappingProxyType
 from relax_llm.kernels.operators.append import APPEND
 from relax_llm.kernels.operators.argmax import ARGMAX
 from relax_llm.kernels.operators.attention import ATTENTION
+from relax_llm.kernels.operators.contenders import CONTENDERS
 from relax_llm.kernels.operators.elementwise import ELEMENTWISE
 from relax_llm.kernels.operators.lookup import EMBEDDING, LAST_TOKEN
 from relax_llm.kernels.operators.matmul import MATMUL
@@ -28,6 +29,7 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
             POSITIONS,
             ROPE_TABLE,
             ARGMAX,
+            CONTENDERS,
             SOFTMAX,
             ELEMENTWISE,
         )
