@@ -34,7 +34,7 @@ from relax_llm.formats import FORMATS
 Array = npt.NDArray[Any]
 
 MODULES = ("argparse", "collections", "csv", "datetime", "random", "statistics", "textwrap", "zipfile")
-WEIGHTS = ("bf16", "f16", "q8", "q4", "q4s")
+WEIGHTS = ("bf16", "f16", "q8", "q6", "q4", "q4s")
 LLAMA_CPP = {"q8": "Q8_0", "q4": "Q4_1", "q4s": "Q4_0"}
 FEW = 8
 """Tokens in a call where few are meant: what one token at a time is multiplied by, too."""

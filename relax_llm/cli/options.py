@@ -37,8 +37,8 @@ Weights = Annotated[
     typer.Option(
         "--weights",
         metavar="FORMAT",
-        help="How matrices are stored: f32, bf16, f16, q8, q4, q4s, or auto: as in the checkpoint; and otherwise at "
-        "some sites: q4,embed_tokens=q4s.",
+        help="How matrices are stored: f32, bf16, f16, q8, q6, q4, q4s, or auto: as in the checkpoint; and otherwise "
+        "at some sites: q4,embed_tokens=q4s.",
         rich_help_panel=_MODEL,
     ),
 ]

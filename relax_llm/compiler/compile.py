@@ -56,9 +56,10 @@ def compile(
 
     Args:
         checkpoint: A Hugging Face directory, a GGUF file, a hub id, or what `open_checkpoint` gave.
-        weights: How matrices are stored: "f32"; "bf16" or "f16", half of that; "q8", "q4" or "q4s", in 8.5, 5 or 4.5
-            bits; or "auto", the one of these that holds what the checkpoint has. Behind it formats of some sites may
-            stand, by their patterns: "q4,embed_tokens=q4s,layers.*.mlp.down_proj=q8". See docs/formats.md.
+        weights: How matrices are stored: "f32"; "bf16" or "f16", half of that; "q8", "q6", "q4" or "q4s", in 8.5,
+            6.5, 5 or 4.5 bits; or "auto", the one of these that holds what the checkpoint has. Behind it formats of
+            some sites may stand, by their patterns: "q4,embed_tokens=q4s,layers.*.mlp.down_proj=q8". See
+            docs/formats.md.
         kv_cache: How keys and values are stored: "f32"; "bf16", half of that, where attention may round queries and
             softmax weights to bf16, too; "q8", a quarter, as bytes with a scale for each position; or "auto", f32
             beside weights in f32 and bf16 beside others.

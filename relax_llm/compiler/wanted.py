@@ -15,7 +15,11 @@ AUTO = "auto"
 HEAD = "q8"
 """The format of heads and of tables of tokens beside matrices in 4 bits, and of what no format has."""
 
-BLOCKS = {format.stored_as: format.name for format in FORMATS.values() if isinstance(format, Blocks)}
+BLOCKS = {
+    format.stored_as: format.name
+    for format in FORMATS.values()
+    if isinstance(format, Blocks) and format.stored_as
+}
 """The formats of a GGUF file's blocks, by their types."""
 
 _TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f32", **BLOCKS, "q4_0": "q4"}

@@ -22,6 +22,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             Floats("bf16"),
             Floats("f16"),
             Blocks("q8", 8),
+            Blocks("q6", 6),
             Blocks("q4", 4, minimum=True),
             Blocks("q4s", 4),
         )

@@ -2,9 +2,11 @@
 
 An encoded matrix is a row of blocks for each row, byte for byte those of a GGUF file: Q8_0, Q4_1 and Q4_0 are the
 formats `q8`, `q4` and `q4s`. So a file's own blocks are an encoded matrix already, and nothing is lost on the way.
+`q6` is between them, and no type of a file.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, ClassVar
 
 import numpy as np
@@ -36,11 +38,13 @@ class Blocks:
     """Codes of some bits in groups that share a scale, and perhaps a minimum, each f16.
 
     A block has the scale, the minimum if there is one, and the codes. Codes of 8 bits are signed bytes; codes of 4 bits
-    lie in 16 bytes, the first half of the group in the low nibbles and the second in the high ones.
+    lie in 16 bytes, the first half of the group in the low nibbles and the second in the high ones. Of codes of 6 bits
+    the low four lie so, and behind them 8 bytes have the other two: of a byte's four pairs, from the low end, each has
+    those of a quarter of the group.
 
     Attributes:
-        name: "q8", "q4" or "q4s".
-        code_bits: Bits of a code: 8 or 4.
+        name: "q8", "q6", "q4" or "q4s".
+        code_bits: Bits of a code: 8, 6 or 4.
         minimum: Whether a group has a minimum, to which codes add; else they count from the middle of their range.
     """
 
@@ -72,8 +76,8 @@ class Blocks:
 
     @property
     def stored_as(self) -> str:
-        """The type of GGUF whose blocks these are."""
-        return f"q{self.code_bits}_{int(self.minimum)}"
+        """The type of GGUF whose blocks these are; empty where there is none."""
+        return "" if self.code_bits == 6 else f"q{self.code_bits}_{int(self.minimum)}"
 
     def groups(self, k: int) -> int:
         """Groups in a row; the last may be a part of one, filled up with weights of zero."""
@@ -124,7 +128,11 @@ class Blocks:
         if self.code_bits == 8:
             codes = codes ^ np.uint8(self.zero)
         else:
-            codes = np.concatenate([codes & np.uint8(15), codes >> np.uint8(4)], axis=-1)
+            nibbles = codes[..., : self.group // 2]
+            low = np.concatenate([nibbles & np.uint8(15), nibbles >> np.uint8(4)], axis=-1)
+            pairs = codes[..., self.group // 2 :]  # none, of 4 bits
+            high = [(pairs >> np.uint8(shift) & np.uint8(3)) << np.uint8(4) for shift in range(0, 8, 2)]
+            codes = low | np.concatenate(high, axis=-1) if self.code_bits == 6 else low
         return Parts(codes, halves[..., 0], halves[..., 1] if self.minimum else None)
 
     def join(self, parts: Parts) -> Array:
@@ -134,8 +142,14 @@ class Blocks:
         if self.code_bits == 8:
             codes = codes ^ np.uint8(self.zero)
         else:
-            half = self.group // 2
-            codes = codes[..., :half] | codes[..., half:] << np.uint8(4)
+            low, high = codes & np.uint8(15), codes >> np.uint8(4)
+            half, quarter = self.group // 2, self.group // 4
+            codes = low[..., :half] | low[..., half:] << np.uint8(4)
+            if self.code_bits == 6:
+                parts_of_four = (
+                    high[..., at * quarter : (at + 1) * quarter] << np.uint8(2 * at) for at in range(4)
+                )
+                codes = np.concatenate([codes, reduce(np.bitwise_or, parts_of_four)], axis=-1)
         halves = [parts.scales] if parts.minimums is None else [parts.scales, parts.minimums]
         head = np.stack(halves, axis=-1).astype(np.float16, copy=False).view(np.uint8)
         return np.concatenate([head, codes], axis=-1).reshape(n, -1)

@@ -22,6 +22,7 @@ Fitted = tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16], npt.NDArray[np.fl
 _AT_ONCE = 1 << 16  # weights; what is computed of them stays in a second-level cache
 _TRIED = {
     (8, False): (127.0,),  # 256 codes: the error is that of rounding, wherever they begin
+    (6, False): (-32.0, -31.5, 31.5),
     (4, False): tuple(-8.0 + 0.15 * i for i in range(-5, 8)),
     (4, True): tuple(15.0 + 0.25 * i for i in range(-7, 5)),
 }

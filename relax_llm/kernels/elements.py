@@ -1,5 +1,7 @@
 """One element of a stored matrix as f32, whatever its layout and format: for lookups, and for plain loops."""
 
+from collections.abc import Callable
+
 from tvm import tirx
 
 from relax_llm.formats import Blocks, format_named
@@ -17,8 +19,7 @@ def element(layout: Plain | Packed, stored: Expr, row: Expr, column: Expr) -> Ex
         start = column // format.group * format.block_bytes
         step = column % format.group
         head = format.block_bytes - format.code_bytes
-        rest = step % format.code_bytes
-        code = _code(format, stored[row, start + head + rest], step // format.code_bytes)
+        code = _code(format, lambda at: stored[row, start + head + at], step)
         if format.code_bits == 8:  # signed in a block of a file, unsigned in a panel
             code = code ^ tirx.const(format.zero, "int32")
         halves = [_half(stored[row, start + at], stored[row, start + at + 1]) for at in range(0, head, 2)]
@@ -29,9 +30,11 @@ def element(layout: Plain | Packed, stored: Expr, row: Expr, column: Expr) -> Ex
     if isinstance(layout, TiledGroups):
         format = layout.blocks
         group, step = column // format.group, column % format.group
-        rest = step % format.code_bytes
-        at = (rest // 4 * layout.cols + place) * 4 + rest % 4
-        code = _code(format, stored[panel, group, at], step // format.code_bytes)
+
+        def byte(at: Expr) -> Expr:
+            return stored[panel, group, (at // 4 * layout.cols + place) * 4 + at % 4]
+
+        code = _code(format, byte, step)
         starts = [
             layout.code_bytes + (which * layout.cols + place) * 2 for which in range(1 + format.minimum)
         ]
@@ -46,12 +49,19 @@ def _float(format: str, stored: Expr) -> Expr:
     return from_bf16(stored) if format == "bf16" else from_f16(stored)
 
 
-def _code(format: Blocks, byte: Expr, nibble: Expr) -> Expr:
-    """The code in a byte, or in its nibble, as int32."""
-    wide = tirx.Cast("int32", byte)
+def _code(format: Blocks, byte: Callable[[Expr], Expr], step: Expr) -> Expr:
+    """The code of a step, as int32, from the bytes of a group's codes."""
+
+    def bits(first: int, count: int, width: int) -> Expr:
+        """Those of the step in `count` bytes from the first on, each of which has some of several steps."""
+        wide = tirx.Cast("int32", byte(first + step % count))
+        return (wide >> tirx.Cast("int32", step // count * width)) & tirx.const((1 << width) - 1, "int32")
+
     if format.code_bits == 8:
-        return wide
-    return (wide >> tirx.Cast("int32", nibble * format.code_bits)) & tirx.const(15, "int32")
+        return tirx.Cast("int32", byte(step))
+    half = format.group // 2
+    low = bits(0, half, 4)
+    return low if format.code_bits == 4 else low | bits(half, half // 2, 2) << tirx.const(4, "int32")
 
 
 def _half(low: Expr, high: Expr) -> Expr:

@@ -152,12 +152,14 @@ class TiledGroups:
     some::
 
         8 bits   codes [8 quads, cols, 4]    scales f16 [cols]
+        6 bits   codes [4 + 2 quads, cols, 4]    scales f16 [cols]
         4 bits   codes [4 quads, cols, 4]    scales f16 [cols]    minimums f16 [cols]
 
     Codes are unsigned. Four neighbours along K, a quad, lie side by side, so that a vector of 64 bytes holds quads of
     16 outputs: what `vpdpbusd` multiplies with four activations in every lane. A byte of 4-bit codes has the code of
-    step k in its low nibble and that of step k + 16 in its high one: a vector holds quads j and j + 4. With 32 columns
-    every part of a group is whole cache lines: 17 of them in q8, 10 in q4, 9 in q4s.
+    step k in its low nibble and that of step k + 16 in its high one: a vector holds quads j and j + 4. Of codes of 6
+    bits four quads hold the low bits in this way, and two more the high ones of quads j, j + 2, j + 4 and j + 6. With
+    32 columns every part of a group is whole cache lines: 17 of them in q8, 13 in q6, 10 in q4, 9 in q4s.
 
     Attributes:
         cols: Outputs in a panel.

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
 
 BLOCKS = {form.name: form for form in FORMATS.values() if isinstance(form, Blocks)}
-KINDS = {name: gguf.GGMLQuantizationType[form.stored_as.upper()] for name, form in BLOCKS.items()}
+KINDS = {
+    name: gguf.GGMLQuantizationType[form.stored_as.upper()] for name, form in BLOCKS.items() if form.stored_as
+}
 blocks = pytest.mark.parametrize("name", BLOCKS)
+blocks_of_files = pytest.mark.parametrize("name", KINDS)
 SHAPES = [(1, 1), (3, 31), (3, 32), (5, 33), (2, 100)]
 
 
@@ -38,7 +41,7 @@ def _error(found: Array, matrix: Array) -> float:
 
 def test_names_and_bits() -> None:
     assert {name: form.bits for name, form in FORMATS.items()} == {
-        "f32": 32, "bf16": 16, "f16": 16, "q8": 8.5, "q4": 5, "q4s": 4.5,
+        "f32": 32, "bf16": 16, "f16": 16, "q8": 8.5, "q6": 6.5, "q4": 5, "q4s": 4.5,
     }  # fmt: skip
     assert all(name == form.name for name, form in FORMATS.items())
 
@@ -75,7 +78,7 @@ def test_f32_is_the_matrix_itself() -> None:
     assert FORMATS["f32"].encode(matrix) is matrix or np.shares_memory(FORMATS["f32"].encode(matrix), matrix)
 
 
-@blocks
+@blocks_of_files
 def test_blocks_are_those_of_gguf(name: str) -> None:
     """Any codes, any finite scales: decoded to the same bits."""
     form = BLOCKS[name]
@@ -121,7 +124,7 @@ DISTRIBUTIONS: dict[str, Callable[[np.random.Generator], Array]] = {
 }
 
 
-@blocks
+@blocks_of_files
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_the_fit_beats_plain_rounding(name: str, distribution: str) -> None:
     """By the weighted error that it minimises; that of plain rounding is GGUF's own, at equal bits."""
@@ -135,6 +138,13 @@ def test_the_fit_beats_plain_rounding(name: str, distribution: str) -> None:
     root = np.sqrt(weight)
     bound = {"q8": 1.0, "q4": 0.95, "q4s": 1.0}[name]
     assert _error(root * ours, root * matrix) < bound * _error(root * theirs, root * matrix)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_six_bits_lose_a_quarter_of_what_four_do(distribution: str) -> None:
+    matrix = DISTRIBUTIONS[distribution](np.random.default_rng(0)).astype(np.float32)
+    lost = {name: _error(BLOCKS[name].decode(BLOCKS[name].encode(matrix), 512), matrix) for name in BLOCKS}
+    assert 9 * lost["q8"] < lost["q6"] < lost["q4s"] / 9  # squares; a step is 4 times as large
 
 
 @blocks
@@ -192,7 +202,7 @@ def test_each_row_is_encoded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
             np.testing.assert_array_equal(whole, form.encode(matrix))
 
 
-CONVERSIONS = {("q4s", "q4"), ("q4s", "q8"), *((name, name) for name in BLOCKS)}
+CONVERSIONS = {("q4s", "q4"), ("q4s", "q6"), ("q4s", "q8"), ("q6", "q8"), *((name, name) for name in BLOCKS)}
 
 
 @blocks

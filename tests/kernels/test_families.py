@@ -137,6 +137,7 @@ ENCODED = (
     Matmul(40, 655, weight_format="q8"),
     Matmul(70, 1302, weight_format="q4", activation="silu", gated=True),
     Matmul(70, 67, weight_format="q4s", residual=True),
+    Matmul(70, 67, weight_format="q6"),
 )
 
 

@@ -49,6 +49,8 @@ def _kernel(name: str) -> Kernel:
         (Matmul(40, 1300, "q4", bias=True, residual=True, activations="int16"), "integer16"),
         (Matmul(70, 1300, "q8", activation="silu", gated=True, activations="int8"), "integer8"),
         (Matmul(21, 19, "q4", bias=True, activations="int8"), "integer8"),
+        (Matmul(70, 1300, "q6", residual=True, activations="int16"), "integer16"),
+        (Matmul(40, 100, "q6", activation="silu", gated=True, activations="int8"), "integer8"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
@@ -131,7 +133,7 @@ def test_they_serve_only_what_allows_it() -> None:
 
 def test_few_rows_are_multiplied_precisely_and_many_fast() -> None:
     tiled = [kernel for kernel in matmul_kernels(machine()) if kernel.layout == "tiled"]
-    for weights in ("q8", "q4", "q4s"):
+    for weights in ("q8", "q6", "q4", "q4s"):
         kernels = [kernel for kernel in tiled if weights in kernel.weights]
         parts = cover(kernels, Matmul(3072, 576, weights, activations="int8"), ("M",))
         assert [(part.kernel, part.sizes["M"]) for part in parts] == [

@@ -77,7 +77,7 @@ def test_unpacking_undoes_packing(layout: Packed, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("name", ["q8", "q4", "q4s"])
+@pytest.mark.parametrize("name", ["q8", "q6", "q4", "q4s"])
 def test_groups_have_codes_by_quads_then_scales_then_minimums(name: str, gated: bool) -> None:
     """Written down once more from the description: where the code, scale and minimum of an element lie."""
     n, k, cols = 70, 67, 16
@@ -96,6 +96,9 @@ def test_groups_have_codes_by_quads_then_scales_then_minimums(name: str, gated: 
         else:
             byte, codes = block[:256].reshape(4, cols, 4)[at % 16 // 4, place, at % 4], 256
             code = byte >> 4 if at >= 16 else byte & 15
+        if name == "q6":
+            pairs, codes = block[256:384].reshape(2, cols, 4)[at % 8 // 4, place, at % 4], 384
+            code |= (pairs >> at // 8 * 2 & 3) << 4
         halves = block[codes:].view(np.float16).reshape(-1, cols)
         assert code == parts.codes[row, group, at]
         assert halves[0, place] == parts.scales[row, group]

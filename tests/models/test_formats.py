@@ -34,6 +34,7 @@ CASES = [
     ("q8", TIED, PLAINER),
     ("q4", UNTIED, PLAINER),
     ("q4s", GPT2, PLAINER),
+    ("q6", TIED, PLAINER),
 ]
 
 

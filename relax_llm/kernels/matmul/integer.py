@@ -18,7 +18,7 @@ from relax_llm.kernels.layout import TiledGroups
 from relax_llm.kernels.machine import LANES, LINE, Machine
 from relax_llm.kernels.matmul.operands import Operands, Sums, write
 from relax_llm.kernels.matmul.problem import Matmul
-from relax_llm.kernels.matmul.quantize import BESIDE, GROUP, PLANES, QUADS, quantize
+from relax_llm.kernels.matmul.quantize import BESIDE, GROUP, PLANES, QUADS, encode_row, quantize
 from relax_llm.plan.kernel import Declined
 
 FEATURES = INT8
@@ -70,32 +70,14 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
             places = (T.address_of(matrix[row, 0]) for matrix in (x, codes, beside))
             b.call(encode, *places, count)
 
-        def row_task(row: Expr) -> None:
-            if k >= GROUP:
-                b.call(
-                    encode,
-                    T.address_of(x[row, 0]),
-                    T.address_of(codes[row, 0]),
-                    T.address_of(beside[row, 0]),
-                    T.int64(k // GROUP),
-                )
-            if rest:
-                last = b.local((GROUP,))
-                for at, lanes in b.chunks(GROUP):
-                    b.store(last, b.splat(0.0), at, lanes=lanes)
-                with T.serial(rest) as at:
-                    b.put(last, x[row, k - rest + at], at)
-                b.call(
-                    encode,
-                    T.address_of(last[0]),
-                    T.address_of(codes[row, (groups - 1) * width]),
-                    T.address_of(beside[row, (groups - 1) * BESIDE]),
-                    T.int64(1),
-                )
-
         small = m * k <= _SERIAL
         if rest:
-            b.tasks(m, row_task, serial_if=small, name="row")
+            b.tasks(
+                m,
+                lambda row: encode_row(encode, (x, codes, beside), row, k, planes),
+                serial_if=small,
+                name="row",
+            )
         else:
             b.tasks((m + (_AT_ONCE - 1)) // _AT_ONCE, some_rows, serial_if=small, name="rows")
 
@@ -236,19 +218,33 @@ def _add_group(
     first: Sequence[Expr],
 ) -> None:
     """Add a group of a vector of columns to the products of every row, whose quads begin at `first`."""
-    format = layout.blocks
-    stored = format.code_bytes // 4  # quads that lie in memory; of 4 bits, each has two
-    for at in range(stored):
-        both = T.Bind(b.load(words, group * (layout.group_bytes // 4) + at * layout.cols + column))
+    bits = layout.blocks.code_bits
+
+    def stored(at: int) -> Expr:
+        return T.Bind(b.load(words, group * (layout.group_bytes // 4) + at * layout.cols + column))
+
+    def splat(value: int) -> Expr:
+        return T.broadcast(T.uint32(value), LANES)
+
+    pairs = [stored(QUADS // 2 + at) for at in range(2)] if bits == 6 else []
+
+    def high_bits(quad: int) -> Expr:
+        """The two high bits of a quad's codes, where these have them; they come from bits 2 * (quad // 2) on."""
+        up = 4 - 2 * (quad // 2)
+        moved = pairs[quad % 2]
+        if up:
+            moved = (T.shift_left if up > 0 else T.shift_right)(moved, splat(abs(up)))
+        return T.bitwise_and(moved, splat(0x30303030))
+
+    for at in range(QUADS if bits == 8 else QUADS // 2):
+        both = stored(at)
         vectors = [(at, both)]
-        if stored < QUADS:
-            nibbles = T.broadcast(T.uint32(0x0F0F0F0F), LANES)
-            high = T.shift_right(both, T.broadcast(T.uint32(4), LANES))
-            vectors = [
-                (at, T.Bind(T.bitwise_and(both, nibbles))),
-                (at + stored, T.Bind(T.bitwise_and(high, nibbles))),
-            ]
+        if bits < 8:
+            nibbles = splat(0x0F0F0F0F)
+            high = T.shift_right(both, splat(4))
+            vectors = [(at, T.bitwise_and(both, nibbles)), (at + QUADS // 2, T.bitwise_and(high, nibbles))]
         for quad, weights in vectors:
+            weights = T.Bind(T.bitwise_or(weights, high_bits(quad)) if pairs else weights)
             for row, start in enumerate(first):
                 four = quads[start + quad]
                 products.set(

@@ -106,6 +106,35 @@ def quantize(format: Blocks, planes: int, machine: Machine) -> ir.GlobalVar:
     return inner(f"quantize_int{8 * planes}_for_{format.name}", (machine,), emit)
 
 
+def encode_row(encode: ir.GlobalVar, matrices: Sequence[Expr], row: Expr, k: int, planes: int) -> None:
+    """Emit the quantization of a row, the last group of which may have a rest.
+
+    Args:
+        encode: From `quantize`.
+        matrices: x [M, K], codes int8 [M, groups * planes * 32] and what lies beside them f32 [M, groups * 2].
+        row: Which one.
+        k: Its elements.
+        planes: Bytes of a code.
+    """
+    x, codes, beside = matrices
+    full = k // GROUP
+    if full:
+        b.call(encode, *(T.address_of(matrix[row, 0]) for matrix in matrices), T.int64(full))
+    if k % GROUP:
+        last = b.local((GROUP,))
+        for at, lanes in b.chunks(GROUP):
+            b.store(last, b.splat(0.0), at, lanes=lanes)
+        with T.serial(k % GROUP) as at:
+            b.put(last, x[row, full * GROUP + at], at)
+        b.call(
+            encode,
+            T.address_of(last[0]),
+            T.address_of(codes[row, full * planes * GROUP]),
+            T.address_of(beside[row, full * BESIDE]),
+            T.int64(1),
+        )
+
+
 def _shifted(shift: Expr, vector: Expr) -> Expr:
     """A vector of int32, shifted by a byte."""
     return shift(vector, T.broadcast(T.int32(8), LANES))

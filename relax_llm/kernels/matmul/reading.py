@@ -73,11 +73,10 @@ def _groups(
     layout: TiledGroups, weight: Expr, panels: int, k: int, machine: Machine
 ) -> Callable[[Expr, Expr], Reader]:
     format, cols = layout.blocks, layout.cols
-    groups, quads = format.groups(k), format.code_bytes // 4
+    groups = format.groups(k)
     shape = (panels, groups, layout.group_bytes)
     words = b.view(weight, (*shape[:2], shape[2] // 4), "uint32")
     halves = b.view(weight, (*shape[:2], shape[2] // 2), "uint16")
-    mask = (1 << format.code_bits) - 1
 
     def from_step(panel: Expr, begin: Expr) -> Reader:
         def half(group: Expr, which: int, column: int) -> Expr:
@@ -87,12 +86,17 @@ def _groups(
         def decoded(step: Expr, u: int, column: int) -> Expr:
             quad = (begin + (step - u)) // 4
             group, place = quad // 8, quad % 8
-            both = b.load(words, panel, group, place % quads * cols + column)
-            shift = place // quads * format.code_bits + 8 * u
-            bits = T.bitwise_and(
-                T.shift_right(both, T.broadcast(T.cast(shift, "uint32"), LANES)),
-                T.broadcast(T.uint32(mask), LANES),
-            )
+
+            def part(first: int, quads: int, width: int) -> Expr:
+                """Bits of the codes from `quads` words of a column, each of which has some of several quads."""
+                held = b.load(words, panel, group, (first + place % quads) * cols + column)
+                shift = T.cast(place // quads * width + 8 * u, "uint32")
+                mask = T.broadcast(T.uint32((1 << width) - 1), LANES)
+                return T.bitwise_and(T.shift_right(held, T.broadcast(shift, LANES)), mask)
+
+            bits = part(0, 8, 8) if format.code_bits == 8 else part(0, 4, 4)
+            if format.code_bits == 6:
+                bits = T.bitwise_or(bits, T.shift_left(part(4, 2, 2), T.broadcast(T.uint32(4), LANES)))
             value = T.Cast(f"float32x{LANES}", T.reinterpret(f"int32x{LANES}", bits))
             if format.zero:
                 value = value - b.splat(float(format.zero))

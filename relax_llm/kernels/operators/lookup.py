@@ -90,6 +90,8 @@ EMBEDDING = Operator(
         Embedding(33, 64, "tiled32_q4s"),
         Embedding(21, 19, "plain_f16"),
         Embedding(21, 40, "plain_q8"),
+        Embedding(40, 70, "tiled32_q6"),
+        Embedding(21, 40, "plain_q6"),
     ),
     benchmarks=(Embedding(49152, 576), Embedding(128256, 2048)),
     mistakes=(Mistake({"rows": 0, "hidden": 4}, "at least 1"),),

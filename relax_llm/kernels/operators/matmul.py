@@ -238,6 +238,7 @@ MATMUL = Operator(
         Matmul(40, 70, "q8", activations="int8"),
         Matmul(38, 65, "q4", activation="silu", gated=True, activations="int8"),
         Matmul(33, 40, "q4s", residual=True, activations="int8"),
+        Matmul(33, 40, "q6", bias=True, activations="int16"),
     ),
     benchmarks=(
         *(Matmul(n, k) for n, k in ((960, 576), (576, 576), (576, 1536), (49152, 576))),
