@@ -8,7 +8,7 @@ are five or so; no other one can be the choice.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
@@ -18,10 +18,12 @@ from relax_llm.formats import format_named
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.argmax import BLOCK, largest_of
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.layout import Packed, Plain, parse
+from relax_llm.kernels.layout import Packed, Plain, TiledGroups, parse
 from relax_llm.kernels.machine import LANES, Machine
+from relax_llm.kernels.matmul.integer import FEATURES, multiply_integers
 from relax_llm.kernels.matmul.operands import Operands, Parts, Sums
 from relax_llm.kernels.matmul.problem import Matmul
+from relax_llm.kernels.matmul.quantize import BESIDE, GROUP, PLANES, encode_row, quantize
 from relax_llm.kernels.matmul.reading import panel_words
 from relax_llm.kernels.matmul.shape import tiled_blocking
 from relax_llm.kernels.pieces import Pieces
@@ -45,12 +47,14 @@ class Contenders(Problem):
         n: Rows of the head.
         k: Its columns.
         layout: The name of the layout, one in panels, that it lies in.
+        activations: What x may be rounded to in a logit, as in `Matmul`.
     """
 
     operator: ClassVar[str] = "contenders"
     n: int
     k: int
     layout: str
+    activations: str | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, "n", "k")
@@ -65,6 +69,11 @@ class Contenders(Problem):
         return layout
 
     @property
+    def product(self) -> Matmul:
+        """What a logit is an element of."""
+        return Matmul(self.n, self.k, self.head.format, activations=self.activations)
+
+    @property
     def flops(self) -> str:
         return f"{2 * self.n + 4 * self.k}*batch*seq"
 
@@ -74,14 +83,75 @@ class Contenders(Problem):
         return f"{4 * self.n} + {8 * self.n + 4 * self.k + panel}*batch*seq"
 
 
+def _rounds(problem: Contenders, machine: Machine) -> bool:
+    """Whether logits are products of integers."""
+    return (
+        problem.activations == "int16"
+        and isinstance(problem.head, TiledGroups)
+        and machine.features >= FEATURES
+    )
+
+
+class _Logits(NamedTuple):
+    """How logits are computed.
+
+    Attributes:
+        prepare: Emits what must be done once for a row.
+        write: Emits the logits of a row and a panel, into [1, cols].
+    """
+
+    prepare: Callable[[Expr], None]
+    write: Callable[[Expr, Expr, Expr], None]
+
+
+def _floats(problem: Contenders, machine: Machine, x: Expr, words: Expr, rows: Expr) -> _Logits:
+    product, layout = problem.product, problem.head
+    operands = Operands(product, machine, layout, rows, x, words, None, None, x)
+    parts = Parts(operands, tiled_blocking(product, machine), stride=problem.k)
+
+    def write(row: Expr, panel: Expr, memory: Expr) -> None:
+        sums, one = Sums(memory, (T.int64(0), T.int64(0)), layout.cols), T.int64(1)
+        with T.serial(parts.blocking.parts) as part:
+            start = T.address_of(x[row, part * parts.blocking.steps])
+            parts.tile(part, panel, one, start, sums, parts.at(panel, part + 1), (T.int64(0), one))
+
+    return _Logits(lambda row: None, write)
+
+
+def _integers(problem: Contenders, machine: Machine, x: Expr, words: Expr, rows: Expr) -> _Logits:
+    layout, planes = problem.head, PLANES["int16"]
+    assert isinstance(layout, TiledGroups)
+    groups = layout.blocks.groups(problem.k)
+    widths = (("int8", groups * planes * GROUP), ("float32", groups * BESIDE))
+    codes, beside = (
+        b.view(T.alloc_buffer((rows * width,), dtype), (rows, width), dtype) for dtype, width in widths
+    )
+    encode, multiply = quantize(layout.blocks, planes, machine), multiply_integers(layout, planes, machine)
+
+    def write(row: Expr, panel: Expr, memory: Expr) -> None:
+        b.call(
+            multiply,
+            T.int64(1),
+            T.address_of(codes[row, 0]),
+            T.address_of(beside[row, 0]),
+            T.address_of(words[panel * panel_words(layout, problem.k)]),
+            T.address_of(memory[0, 0]),
+            T.int64(layout.cols),
+            T.int64(groups),
+            T.int64(groups),
+            T.int64(0),
+        )
+
+    return _Logits(lambda row: encode_row(encode, (x, codes, beside), row, problem.k, planes), write)
+
+
 def contenders(problem: Contenders, machine: Machine) -> PrimFunc:
     """x [batch, seq, K], estimates [batch, seq, N], head, margins [N] -> out [batch, seq, N].
 
-    Logits are those of the kernel `tiled`, to the last bit.
+    Logits are to the last bit those of the kernel `tiled`; of `integer16` where x may be rounded for it.
     """
     n, k, layout = problem.n, problem.k, problem.head
     cols, panels = layout.cols, layout.panels(n)
-    product = Matmul(n, k, layout.format)
     whole = min(_PANELS * cols, n)
     count = -(-n // whole)
     pieces = Pieces(n, n, BLOCK)
@@ -100,23 +170,20 @@ def contenders(problem: Contenders, machine: Machine) -> PrimFunc:
             b.view(out_arg, (rows, n)),
         )
         words = b.view(head, (panels * panel_words(layout, k),))
-        operands = Operands(product, machine, layout, rows, x, words, None, None, out)
-        parts = Parts(operands, tiled_blocking(product, machine), stride=k)
+        logits = (_integers if _rounds(problem, machine) else _floats)(problem, machine, x, words, rows)
         norms = b.view(T.alloc_buffer((rows,)), (rows,))
         bars = b.view(T.alloc_buffer((rows,)), (rows,))
 
         def logits_of(row: Expr, panel: Expr) -> Expr:
             """The logits of a panel, on the stack."""
-            sums = Sums(b.stack((1, cols)), (T.int64(0), T.int64(0)), cols)
-            steps, one = parts.blocking.steps, T.int64(1)
-            with T.serial(parts.blocking.parts) as part:
-                start = T.address_of(x[row, part * steps])
-                parts.tile(part, panel, one, start, sums, parts.at(panel, part + 1), (T.int64(0), one))
-            return sums.memory
+            memory = b.stack((1, cols))
+            logits.write(row, panel, memory)
+            return memory
 
         with T.serial(rows) as row:
             squares = b.row_sum(k, lambda at, lanes: _square(b.load(x, row, at, lanes=lanes), lanes))
             b.put(norms, T.sqrt(squares), row)
+            logits.prepare(row)
             best, place = b.local((1,), "int32"), b.local((1,), "int32")
             largest_of(estimates, row, T.int64(0), pieces, best, place)
             first = b.let("first", T.cast(place[0], "int64"))
@@ -146,9 +213,9 @@ def contenders(problem: Contenders, machine: Machine) -> PrimFunc:
 
             found = any_of(all_of_it, row)
             with b.when(found != 0):
-                logits = logits_of(row, b.let("panel", start // cols))
+                exact = logits_of(row, b.let("panel", start // cols))
                 for at, lanes in chunks:
-                    b.store(out, b.load(logits, 0, at, lanes=lanes), row, start + at, lanes=lanes)
+                    b.store(out, b.load(exact, 0, at, lanes=lanes), row, start + at, lanes=lanes)
 
         def stretch(row: Expr, start: Expr, width: int) -> None:
             """The tokens of some panels."""

@@ -94,6 +94,17 @@ def test_hidden_states(smollm2: SmolLM2, runner: rl.Runner) -> None:
     assert_close(ours, smollm2.reference.hidden(smollm2.ids)[0, :65], "hidden states")
 
 
+@pytest.mark.parametrize("weights", ["f32", "q4"])
+def test_greedy_tokens_are_those_of_all_logits(smollm2: SmolLM2, smollm2_path: Path, weights: str) -> None:
+    """To the last bit, although the head is read where it may be chosen from, and of q4 in integers."""
+    runner = rl.Runner(rl.compile(smollm2_path, weights=weights))
+    assert "contenders" in runner.artifact.manifest.functions
+    ours, plain = runner.start(), runner.start()
+    for token_id in smollm2.ids[:, :50].ravel():
+        found, logits = runner.greedy(ours, int(token_id)), runner.decode(plain, int(token_id))
+        assert (found.token_id, found.logit) == (logits.argmax(), logits.max())
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy_text_is_the_same(smollm2: SmolLM2, runner: rl.Runner, prompt: str) -> None:
     tokenizer = smollm2.tokenizer

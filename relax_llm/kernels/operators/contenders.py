@@ -10,8 +10,8 @@ from relax_llm.formats import format_named
 from relax_llm.kernels.contenders import LEAST, Contenders
 from relax_llm.kernels.elements import element
 from relax_llm.kernels.layout import Layout
+from relax_llm.kernels.operators.matmul import bounded
 from relax_llm.kernels.operators.operator import (
-    UNIT,
     Array,
     Expected,
     Mistake,
@@ -19,7 +19,6 @@ from relax_llm.kernels.operators.operator import (
     Operator,
     Sizes,
     rows_of,
-    summed,
 )
 from relax_llm.kernels.problem import tag
 
@@ -92,8 +91,7 @@ def expected(
     x, estimates = (
         values[name].reshape(-1, width).astype(np.float64) for name, width in (("x", k), ("estimates", n))
     )
-    right = x @ table.T.astype(np.float64)
-    slack = summed(k) * UNIT * (np.abs(x) @ np.abs(table.T.astype(np.float64)))
+    right, slack = bounded(problem.product, {"x": x, "weight": table}, exact=False)
     reached = estimates + values["margins"] * np.linalg.norm(x, axis=1, keepdims=True)
     spared = reached < right.max(axis=1, keepdims=True)  # not where an estimate is NaN
     apart = np.abs(np.where(spared, estimates, right) - right)
@@ -112,6 +110,8 @@ CONTENDERS = Operator(
         Contenders(1200, 20, "tiled32_bf16"),
         Contenders(513, 40, "tiled16_f16"),
         Contenders(96, 70, "tiled32_q8"),
+        Contenders(600, 70, "tiled32_q8", "int16"),
+        Contenders(70, 64, "tiled16_q4", "int16"),
     ),
     benchmarks=(Contenders(49152, 576, "tiled32_bf16"),),
     mistakes=(
