@@ -11,10 +11,13 @@ def cache_directory() -> Path:
     return Path(base) / "relax_llm"
 
 
-def bytes_in(directory: Path) -> int:
-    """The size of all files under a directory; of those that another process removes meanwhile, none."""
+def bytes_in(place: Path) -> int:
+    """The size of a file, or of all under a directory; of those that another process removes meanwhile, none."""
     total = 0
-    for folder, _, names in os.walk(directory):
+    with suppress(OSError):
+        if not place.is_dir():
+            return place.lstat().st_size
+    for folder, _, names in os.walk(place):
         for name in names:
             with suppress(OSError):
                 total += Path(folder, name).lstat().st_size

@@ -20,6 +20,7 @@ SIZE = "RELAX_LLM_CACHE_SIZE"
 """The environment variable for the size of the cache in GB; 0 keeps what is in use only."""
 
 _DEFAULT_SIZE = 20.0
+_LOCK = ".lock"
 _IN_USE = 3600.0
 """Seconds for which what was used is left alone: a process may be about to load it."""
 
@@ -59,24 +60,31 @@ def size() -> float:
     return gigabytes * 1e9
 
 
-def trim(kept: Path, most: float) -> None:
-    """Remove artifacts that were used longest ago, until the cache has no more than `most` bytes.
+def trim(folder: Path, most: float, *, kept: Path | None = None, in_use: float = _IN_USE) -> None:
+    """Remove what was used longest ago from a folder, until the rest has no more than `most` bytes.
 
     Args:
-        kept: One that stays, however large it is.
-        most: From `size`.
+        folder: Of artifacts, which are directories, or of files; locks stay.
+        most: Bytes, from `size`.
+        kept: What stays, however large it is.
+        in_use: Seconds for which what was used stays, too.
     """
-    left = most - bytes_in(kept)
+    left = most - (bytes_in(kept) if kept else 0)
     used = []
-    for other in kept.parent.iterdir():
-        with suppress(OSError):  # it is being removed by another process
-            if other.is_dir() and other != kept:
-                used.append((other.stat().st_mtime, other))
+    with suppress(OSError):
+        for place in folder.iterdir():
+            with suppress(OSError):  # another process is removing it
+                if place != kept and place.suffix != _LOCK:
+                    used.append((place.stat().st_mtime, place))
     now = time.time()
-    for when, other in sorted(used, reverse=True):
-        left -= bytes_in(other)
-        if left < 0 and now - when > _IN_USE:
-            shutil.rmtree(other, ignore_errors=True)
+    for when, place in sorted(used, reverse=True):
+        left -= bytes_in(place)
+        if left < 0 and now - when > in_use:
+            if place.is_dir():
+                shutil.rmtree(place, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    place.unlink()
 
 
 @contextmanager
@@ -84,7 +92,7 @@ def locked(place: Path) -> Iterator[None]:
     """Hold a lock, so that of two processes that want the same artifact one makes it and the other waits."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with place.with_name(f"{place.name}.lock").open("w") as file:
+        with place.with_name(place.name + _LOCK).open("w") as file:
             _flock()(file.fileno())
             yield
     except OSError as error:

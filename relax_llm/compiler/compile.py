@@ -147,7 +147,7 @@ def compile(
         found = None if anew else cached(place, chosen)
         if found is None:
             found = make(place)
-            trim(place, most)
+            trim(place.parent, most, kept=place)
         return found
 
 

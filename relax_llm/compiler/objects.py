@@ -15,14 +15,13 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tvm
 from tvm import ir, tirx
 from tvm.tirx import PrimFunc
 
 from relax_llm.artifact.machine_code import SHARED
-from relax_llm.compiler.cache import size
+from relax_llm.compiler.cache import size, trim
 from relax_llm.kernels.builder import CALLS
 from relax_llm.kernels.inner import ENTRY, INTERNAL
 from relax_llm.kernels.machine import CODE_GENERATION, Machine
@@ -58,7 +57,7 @@ def compiled(functions: Mapping[ir.GlobalVar, PrimFunc], machine: Machine, *, ca
         cache: Whether code generated earlier may be used.
     """
     made = [_compiled(part, machine, cache) for part in parts(functions)]
-    _trim(cache_directory() / "objects")
+    trim(cache_directory() / "objects", min(_MOST, size()), in_use=0)
     return made
 
 
@@ -166,19 +165,3 @@ def _remember(place: Path, code: Code) -> None:
     except OSError:
         with suppress(OSError):
             fresh.unlink()
-
-
-def _trim(directory: Path) -> None:
-    """Remove parts that were used longest ago, until they have no more bytes than they may."""
-    left = min(_MOST, size())
-    used: list[tuple[float, int, Path]] = []
-    with suppress(OSError):
-        for file in directory.iterdir():
-            with suppress(OSError):  # another process is removing it
-                found: Any = file.stat()
-                used.append((found.st_mtime, found.st_size, file))
-    for _, count, file in sorted(used, reverse=True):
-        left -= count
-        if left < 0:
-            with suppress(OSError):
-                file.unlink()
