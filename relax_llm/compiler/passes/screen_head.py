@@ -43,13 +43,14 @@ class ScreenHead:
     After::
 
         def contenders(...):  # beside it
-            rough = R.call_pure_packed("relax_llm.pack.tiled32_q6", ...)               # the head in 8 bits
+            rough = R.call_pure_packed("relax_llm.pack.tiled32_q6", ...)               # the head in 6 bits
             margins = R.call_pure_packed("relax_llm.margins.q6", ...)                  # how far off that is, by row
             estimates = R.call_tir(matmul_n49152_k576_q6_int16, (h, rough))
             logits = R.call_tir(contenders_n49152_k576_tiled32_bf16, (h, estimates, head, margins))
 
     It is what `Runner.greedy` calls, and the token that it finds is the one with the largest logit of `decode`. Of a
-    head in 32, 16 or 8 bits a token reads 21, 41 or 77 % so. There is no such function where little would be spared,
+    head in 32, 16 or 8 bits a token reads 21, 41 or 77 % so; of a model that has learned nothing, whose logits are all
+    alike, more, and twice the head at worst. There is no such function where little would be spared,
     or where a kernel of the user's computes the logits.
 
     Attributes:
