@@ -25,7 +25,7 @@ from relax_llm.compiler.parameters import Reader, match
 from relax_llm.compiler.passes.lift_weights import weight_recipes
 from relax_llm.compiler.pipeline import Entry, as_pipeline, run
 from relax_llm.compiler.planner import Planner
-from relax_llm.compiler.recipes import Array, Recipe, joined_name
+from relax_llm.compiler.recipes import Array, Recipe, weight_name
 from relax_llm.compiler.storage import Storage
 from relax_llm.errors import ArchitectureError, ArtifactError, RelaxLLMError, TokenizerError
 from relax_llm.layers import Decoder, Fields
@@ -179,7 +179,7 @@ def _weights(mod: tvm.IRModule, recipes: list[Recipe]) -> list[Weight]:
     types = mod["prefill"].params[3].ty.fields
     weights: dict[str, Weight] = {}
     for recipe, type_ in zip(recipes, types, strict=True):
-        name = joined_name(recipe.sources())
+        name = weight_name(recipe)
         if name in weights:  # the same tensor in a second layout
             name = str(recipe)
         shape = tuple(int(size) for size in type_.shape)

@@ -12,7 +12,7 @@ from relax_llm.artifact.manifest import Argument, Dispatcher, Kernel, Launch, Se
 from relax_llm.compiler.bindings import Line, is_op, lines
 from relax_llm.compiler.passes.lift_weights import weight_recipes
 from relax_llm.compiler.planner import Choice
-from relax_llm.compiler.recipes import Recipe, joined_name
+from relax_llm.compiler.recipes import Recipe, weight_name
 from relax_llm.kernels.operators import operator_of
 from relax_llm.kernels.problem import Problem, problem_of
 from relax_llm.layers.decoder import site_of_weight
@@ -75,7 +75,7 @@ def _launches(line: Line, recipes: list[Recipe], problems: Mapping[str, str]) ->
     for var, expr in line:
         if isinstance(expr, relax.TupleGetItem):
             if expr.tuple_value.same_as(tuples[1]):
-                roles[var] = ("weight", joined_name(recipes[expr.index].sources()))
+                roles[var] = ("weight", weight_name(recipes[expr.index]))
             elif expr.tuple_value.same_as(tuples[0]):
                 roles[var] = ("cache", var.name)
         elif is_op(expr, "relax.call_tir") or is_op(expr, "relax.call_tir_inplace"):

@@ -16,6 +16,9 @@ from relax_llm.kernels.layout import Layout, parse
 Array = npt.NDArray[Any]
 Layouts = Callable[[str], Layout]
 
+ESTIMATE = "estimate"
+"""The end of the site of an estimate: `lm_head.estimate`."""
+
 _ROWS = 4096
 """Of a matrix, at a time."""
 
@@ -174,10 +177,29 @@ class Decode:
 
 
 @dataclass(frozen=True)
-class Margins:
-    """How far a product with a matrix in fewer bits may be from that with the matrix, times the length of x, by row.
+class Estimate:
+    """A matrix in fewer bits than it is stored in, beside it."""
 
-    The difference of a row w and its row c in fewer bits takes the largest part. The rest is rounding: of sums in
+    of: "Recipe"
+    format: str
+
+    def __str__(self) -> str:
+        return f"estimate_{self.format}({self.of})"
+
+    def make(self, read: Read, layouts: Layouts = parse) -> Array:
+        """A new array, encoded."""
+        return FORMATS[self.format].encode(self.of.make(read, layouts))
+
+    def sources(self) -> list[str]:
+        """The parameters this is made from."""
+        return self.of.sources()
+
+
+@dataclass(frozen=True)
+class Margins:
+    """How far a product with the estimate of a matrix may be from that with the matrix, times the length of x, by row.
+
+    The difference of a row w and its estimate c takes the largest part. The rest is rounding: of sums in
     float32, which stay within n u of the sum of magnitudes (Higham 2002, section 3.1), and of activations to a 256th
     of a 127th of the largest of their group.
     """
@@ -210,7 +232,7 @@ class Margins:
         return self.of.sources()
 
 
-Recipe = Source | Transpose | Concat | Encode | Pack | Decode | Margins
+Recipe = Source | Transpose | Concat | Encode | Pack | Decode | Estimate | Margins
 
 
 def to_json(recipe: Recipe) -> str:
@@ -234,8 +256,8 @@ def _data(recipe: Recipe) -> list[Any]:
         return ["encode", recipe.format, _data(recipe.of)]
     if isinstance(recipe, Decode):
         return ["decode", recipe.format, recipe.k, _data(recipe.of)]
-    if isinstance(recipe, Margins):
-        return ["margins", recipe.format, _data(recipe.of)]
+    if isinstance(recipe, Estimate | Margins):
+        return [type(recipe).__name__.lower(), recipe.format, _data(recipe.of)]
     return ["pack", recipe.layout, _data(recipe.of)]
 
 
@@ -251,9 +273,19 @@ def _recipe(data: list[Any]) -> Recipe:
         return Encode(_recipe(rest[1]), rest[0])
     if kind == "decode":
         return Decode(_recipe(rest[2]), rest[0], rest[1])
-    if kind == "margins":
-        return Margins(_recipe(rest[1]), rest[0])
+    if kind in ("estimate", "margins"):
+        return (Estimate if kind == "estimate" else Margins)(_recipe(rest[1]), rest[0])
     return Pack(_recipe(rest[1]), rest[0])
+
+
+def weight_name(recipe: Recipe) -> str:
+    """What a weight is called: as the parameters that it is made from; an estimate of these has a name of its own."""
+    name = joined_name(recipe.sources())
+    made = recipe.of if isinstance(recipe, Pack) else recipe
+    if not isinstance(made, Estimate):
+        return name
+    site, _, kind = name.rpartition(".")
+    return f"{site}.{ESTIMATE}.{kind}"
 
 
 def joined_name(names: list[str]) -> str:

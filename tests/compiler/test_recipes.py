@@ -13,6 +13,7 @@ from relax_llm.compiler.recipes import (
     Concat,
     Decode,
     Encode,
+    Estimate,
     Margins,
     Pack,
     Recipe,
@@ -21,6 +22,7 @@ from relax_llm.compiler.recipes import (
     from_json,
     joined_name,
     to_json,
+    weight_name,
 )
 from relax_llm.errors import CompileError
 from relax_llm.formats import FORMATS, Blocks
@@ -97,9 +99,9 @@ CASES: list[tuple[Recipe, Array, str, list[str]]] = [
         ["a.weight"],
     ),
     (
-        Pack(Encode(Decode(Encode(Transpose(c), "q8"), "q8", 4), "q4s"), "tiled16_q4s"),
+        Pack(Estimate(Decode(Encode(Transpose(c), "q8"), "q8", 4), "q4s"), "tiled16_q4s"),
         TiledGroups(16, format="q4s").pack(FORMATS["q4s"].encode(FORMATS["q8"].decode(CODED, 4))),
-        "tiled16_q4s(q4s(float(q8(transpose(c.weight)))))",
+        "tiled16_q4s(estimate_q4s(float(q8(transpose(c.weight)))))",
         ["c.weight"],
     ),
 ]
@@ -139,6 +141,13 @@ def test_margins_hold_at_the_worst_x(format: str) -> None:
     assert str(recipe) == f"margins_{format}(float(bf16(a.weight)))"
     assert from_json(to_json(recipe)) == recipe
     assert recipe.sources() == ["a.weight"]
+
+
+def test_an_estimate_has_a_name_of_its_own() -> None:
+    """It is at a site of its own, so that a plan or a pattern for the matrix is none for it."""
+    assert weight_name(Pack(Encode(a, "q8"), "tiled32_q8")) == "a.weight"
+    assert weight_name(Pack(Estimate(a, "q6"), "tiled32_q6")) == "a.estimate.weight"
+    assert weight_name(Margins(a, "q6")) == "a.weight"
 
 
 def test_what_a_format_cannot_hold_is_refused() -> None:

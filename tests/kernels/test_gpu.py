@@ -22,7 +22,7 @@ SAMPLES = [
     (record, problem)
     for record in OPERATORS.values()
     for problem in record.samples[_OF_ATTENTION if record.name == "attention" else slice(None)]
-    if not re.search("f16|q[48]", problem.name)  # the target cuda refuses such weights
+    if not re.search("f16|q[468]", problem.name)  # the target cuda refuses such weights
 ]
 SIZES = {"batch": 2, "seq": 5, "M": 10, "kv_len": 37, "tiles": -(-37 // GRANULE) * GRANULE // TILE}
 

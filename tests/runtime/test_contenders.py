@@ -89,7 +89,10 @@ def test_what_is_launched_is_seen(model: rl.Runner) -> None:
     with model.tracing() as trace:
         assert model.greedy(model.start(), IDS) == expected
     assert [call.function for call in trace.calls] == ["contenders", "greedy"]
-    assert [launch.operator for launch in trace.calls[0].launches][-2:] == ["matmul", "contenders"]
+    assert [(launch.site, launch.operator) for launch in trace.calls[0].launches][-2:] == [
+        ("embed_tokens.estimate", "matmul"),
+        ("embed_tokens", "contenders"),
+    ]
     with model.shadow("embed_tokens", rl.float64, operator="contenders") as shadow:
         assert model.greedy(model.start(), IDS) == expected
     assert shadow.launches == 1

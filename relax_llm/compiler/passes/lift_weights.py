@@ -6,20 +6,21 @@ from tvm import IRModule, relax
 
 from relax_llm.compiler.bindings import Edit, Line, is_op, substitute, transposed, typed, used
 from relax_llm.compiler.export import CACHES
-from relax_llm.compiler.passes.screen_head import DECODE, MARGINS
+from relax_llm.compiler.passes.screen_head import DECODE, ESTIMATES, MARGINS
 from relax_llm.compiler.passes.select_kernels import ENCODE, PACK
 from relax_llm.compiler.recipes import (
     Concat,
     Decode,
     Encode,
+    Estimate,
     Margins,
     Pack,
     Recipe,
     Source,
     Transpose,
     from_json,
-    joined_name,
     to_json,
+    weight_name,
 )
 
 WEIGHTS = "relax_llm.weights"
@@ -90,7 +91,7 @@ def _recipe(expr: relax.Expr, known: dict[relax.Var, Recipe]) -> Recipe | None:
         return Concat(tuple(known[part] for part in parts)) if all(part in known for part in parts) else None
     if is_op(expr, "relax.call_pure_packed") and expr.args[1] in known:
         symbol = str(expr.args[0].global_symbol)
-        for prefix, kind in ((ENCODE, Encode), (PACK, Pack), (MARGINS, Margins)):
+        for prefix, kind in ((ENCODE, Encode), (PACK, Pack), (ESTIMATES, Estimate), (MARGINS, Margins)):
             if symbol.startswith(prefix):
                 return kind(known[expr.args[1]], symbol.removeprefix(prefix))
         if symbol.startswith(DECODE):
@@ -112,7 +113,7 @@ def _gather(
     seen: dict[Recipe, relax.Var] = {}
     for var, recipe in variables.items():
         if recipe not in seen:
-            seen[recipe] = relax.DataflowVar(joined_name(recipe.sources()), var.ty)
+            seen[recipe] = relax.DataflowVar(weight_name(recipe), var.ty)
             loads.append((seen[recipe], typed(relax.TupleGetItem(weight_tuple, order[recipe]))))
         substitution[var] = seen[recipe]
     for var, expr in list(line):

@@ -8,6 +8,7 @@ from tvm import IRModule, ir, relax
 from relax_llm.compiler.bindings import Edit, Line, bind, is_launch, typed
 from relax_llm.compiler.passes.select_kernels import install, packed, site_of_operands
 from relax_llm.compiler.planner import Choice, Planner
+from relax_llm.compiler.recipes import ESTIMATE
 from relax_llm.formats import FORMATS
 from relax_llm.kernels.contenders import Contenders
 from relax_llm.kernels.layout import Packed
@@ -20,8 +21,11 @@ FUNCTION = "contenders"
 DECODE = "relax_llm.decode."
 """Prefix of the functions that make floats of an encoded weight; the format follows."""
 
+ESTIMATES = "relax_llm.estimate."
+"""Prefix of the functions that encode a matrix in fewer bits than it is stored in; the format follows."""
+
 MARGINS = "relax_llm.margins."
-"""Prefix of the functions that say how far off products with a weight in fewer bits may be; the format follows."""
+"""Prefix of the functions that say how far off products with an estimate may be; the format follows."""
 
 _SCREEN = "q6"
 _EXACT: Mapping[str, str | None] = {"tiled": None, "integer16": "int16"}
@@ -43,7 +47,7 @@ class ScreenHead:
     After::
 
         def contenders(...):  # beside it
-            rough = R.call_pure_packed("relax_llm.pack.tiled32_q6", ...)               # the head in 6 bits
+            rough = R.call_pure_packed("relax_llm.pack.tiled32_q6", ...)               # an estimate, in 6 bits
             margins = R.call_pure_packed("relax_llm.margins.q6", ...)                  # how far off that is, by row
             estimates = R.call_tir(matmul_n49152_k576_q6_int16, (h, rough))
             logits = R.call_tir(contenders_n49152_k576_tiled32_bf16, (h, estimates, head, margins))
@@ -81,9 +85,9 @@ class ScreenHead:
             before.append(bind("decoded", decoded))
             matrix = before[-1][0]
         rough = Matmul(problem.n, problem.k, _SCREEN, activations="int16")
-        chosen = self.planner.choose(rough, site)
+        chosen = self.planner.choose(rough, f"{site}.{ESTIMATE}")
         assert chosen.layout is not None
-        before += packed(matrix, chosen.layout, _SCREEN)
+        before += packed(matrix, chosen.layout, _SCREEN, ESTIMATES)
         estimates = bind("estimates", self._launch(edit, rough, chosen, [x, before[-1][0]], call))
         by_row = relax.TensorType([problem.n], "float32")
         margins = bind("margins", relax.op.call_pure_packed(MARGINS + _SCREEN, matrix, ty_args=by_row))

@@ -11,7 +11,7 @@ from relax_llm.compiler.described import described
 from relax_llm.compiler.passes.lift_weights import WEIGHTS, weight_recipes
 from relax_llm.compiler.passes.select_kernels import install
 from relax_llm.compiler.planner import Planner
-from relax_llm.compiler.recipes import Recipe, joined_name
+from relax_llm.compiler.recipes import Recipe, weight_name
 from relax_llm.kernels.elementwise import Elementwise
 from relax_llm.kernels.problem import problem_of
 from relax_llm.layers.decoder import site_of_weight
@@ -61,5 +61,5 @@ def _site(line: Line, problem: Elementwise, call: relax.Call, recipes: Sequence[
     for operand in call.args[1]:
         made = line.get(operand)
         if isinstance(made, relax.TupleGetItem) and any(made.tuple_value.same_as(param) for param in weights):
-            return site_of_weight(joined_name(recipes[made.index].sources()))
+            return site_of_weight(weight_name(recipes[made.index]))
     return problem.name

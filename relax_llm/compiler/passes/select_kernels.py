@@ -214,14 +214,16 @@ def _format_of(problem: Problem, layout: Layout) -> str:
     return layout.format if isinstance(layout, Plain | Packed) else "f32"
 
 
-def packed(weight: relax.Expr, layout: Layout, format: str) -> list[tuple[relax.Var, relax.Expr]]:
-    """Bindings that encode a weight [N, K] and pack it."""
+def packed(
+    weight: relax.Expr, layout: Layout, format: str, encode: str = ENCODE
+) -> list[tuple[relax.Var, relax.Expr]]:
+    """Bindings that encode a weight [N, K], by functions with a prefix, and pack it."""
     n, k = (int(size) for size in weight.ty.shape)
     bindings = []
     if format != "f32":
         plain = Plain(format)
         encoded = relax.TensorType(list(plain.shape(n, k)), plain.dtype)
-        bindings.append(bind("encoded", relax.op.call_pure_packed(ENCODE + format, weight, ty_args=encoded)))
+        bindings.append(bind("encoded", relax.op.call_pure_packed(encode + format, weight, ty_args=encoded)))
         weight = bindings[0][0]
     packed = relax.TensorType(list(layout.shape(n, k)), layout.dtype)
     bindings.append(bind("packed", relax.op.call_pure_packed(PACK + layout.name, weight, ty_args=packed)))
