@@ -84,9 +84,10 @@ def measure(options: argparse.Namespace, weights: str, program: LimitsProgram) -
         limits,
         {
             case: [
-                least_seconds(manifest, case.function, case.sizes(), found) / case.tokens for found in limits
+                least_seconds(manifest, manifest.greedy_function(sizes["seq"]), sizes, found) / case.tokens
+                for found in limits
             ]
-            for case in cases
+            for case, sizes in ((case, case.sizes()) for case in cases)
         },
         table.figures,
         [seat.name for seat in seats if seat.name in table.figures and seat.name.startswith(OURS.NAME)],

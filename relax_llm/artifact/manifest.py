@@ -13,6 +13,10 @@ from relax_llm.plan.python_kernel import PythonKernel
 FORMAT = 1
 
 
+CONTENDERS = "contenders"
+"""The function whose logits are exact where a greedy choice needs them; not every model has one."""
+
+
 @dataclass(frozen=True)
 class Argument:
     """One tensor or size that a launch takes.
@@ -182,6 +186,12 @@ class Manifest:
     python_kernels: tuple[PythonKernel, ...] = ()
     files: Mapping[str, File] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def greedy_function(self, seq: int) -> str:
+        """The function whose logits a greedy choice looks at, after so many tokens."""
+        if CONTENDERS in self.functions:
+            return CONTENDERS
+        return "decode" if seq == 1 else "prefill"
 
     @property
     def stored_as(self) -> str:

@@ -31,9 +31,6 @@ from relax_llm.runtime.tensors import named_tensors, tensor_names
 from relax_llm.runtime.token_ids import Ids
 from relax_llm.runtime.tracing import Tracer
 
-CONTENDERS = "contenders"
-"""The function whose logits are exact where a greedy choice needs them; not every model has one."""
-
 
 class Calls:
     """Calls a model's functions.
@@ -98,11 +95,9 @@ class Calls:
 
         Logits may be estimates where they cannot be the largest.
         """
-        function = "decode" if ids.shape[1] == 1 else "prefill"
-        if (
-            CONTENDERS in self.functions and not self._control.chooses
-        ):  # of what is chosen for the head, it knows nothing
-            function = CONTENDERS
+        function = self._artifact.manifest.greedy_function(ids.shape[1])
+        if self._control.chooses:  # what serves the head is to compute all logits
+            function = "decode" if ids.shape[1] == 1 else "prefill"
         logits = self.evaluate(function, state, ids)
         sizes = {"batch": ids.shape[0], "seq": 1, "kv_len": state.length}
         return logits, self.call("greedy", sizes, logits)

@@ -159,8 +159,8 @@ def measure(
                 length,
                 tuple(prefill),
                 tuple(decode),
-                least_seconds(manifest, "prefill", prompt, chosen),
-                least_seconds(manifest, "decode", token, chosen),
+                least_seconds(manifest, manifest.greedy_function(length), prompt, chosen),
+                least_seconds(manifest, manifest.greedy_function(1), token, chosen),
             )
         )
     return Speeds.of(found, chosen)

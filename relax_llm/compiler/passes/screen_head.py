@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace as changed_copy
 
 from tvm import IRModule, ir, relax
 
+from relax_llm.artifact.manifest import CONTENDERS
 from relax_llm.compiler.bindings import Edit, Line, bind, is_launch, typed
 from relax_llm.compiler.passes.select_kernels import install, packed, site_of_operands
 from relax_llm.compiler.planner import Choice, Planner
@@ -14,9 +15,6 @@ from relax_llm.kernels.contenders import Contenders
 from relax_llm.kernels.layout import Packed
 from relax_llm.kernels.matmul import Matmul
 from relax_llm.kernels.problem import Problem
-
-FUNCTION = "contenders"
-"""The function that this pass adds."""
 
 DECODE = "relax_llm.decode."
 """Prefix of the functions that make floats of an encoded weight; the format follows."""
@@ -71,7 +69,7 @@ class ScreenHead:
         head = self._head(line, problems)
         if head is None:
             return mod
-        added = edit.copy(line, FUNCTION)
+        added = edit.copy(line, CONTENDERS)
         logits = _made(added)
         call = added[logits]
         x, stored = call.args[1]
