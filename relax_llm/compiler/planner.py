@@ -103,8 +103,13 @@ class Planner:
         self._choices: dict[tuple[Problem, frozenset[str], Entry | None], Choice] = {}
         self._sites: dict[tuple[Problem, frozenset[str], Entry | None], list[str]] = {}
 
-    def choose(self, problem: Problem, site: str) -> Choice:
+    def choose(self, problem: Problem, site: str, *, spare: bool = False) -> Choice:
         """The kernels for a problem at a site.
+
+        Args:
+            problem: What they solve.
+            site: Where.
+            spare: Whether kernels that serve no size are left out, and cannot be forced later.
 
         Raises:
             KernelError: A kernel is wrong, or two kernels want the weight in different layouts.
@@ -118,7 +123,7 @@ class Planner:
         )
         key = (problem, serving, entry)
         if key not in self._choices:
-            self._choices[key] = self._decide(problem, site, entry)
+            self._choices[key] = self._decide(problem, site, entry, spare)
         sites = self._sites.setdefault(key, [])
         if site not in sites:
             sites.append(site)
@@ -200,7 +205,7 @@ class Planner:
                 return entry
         return None
 
-    def _decide(self, problem: Problem, site: str, entry: Entry | None) -> Choice:
+    def _decide(self, problem: Problem, site: str, entry: Entry | None, spare: bool) -> Choice:
         able = self._able(problem, site, entry)
         reasons = dict(able.reasons)
         axes = operator_of(problem).axes
@@ -242,7 +247,9 @@ class Planner:
             self._symbol("__".join([problem.name, "_".join(sorted(named))]) if named else problem.name),
             able.layout,
             ranges,
-            {} if alone else {k: r for k, r in able.realized.items() if k in used or not self.machine.is_gpu},
+            {}
+            if alone
+            else {k: r for k, r in able.realized.items() if k in used or not (spare or self.machine.is_gpu)},
             tuple(Candidate(k.name, k.sizes, reasons[k.name]) for k in considered),
             entry.measurements if entry else (),
         )

@@ -48,10 +48,10 @@ class Survey(Planner):
         self.kernels = tuple(kernels)
         self.problems: dict[str, Problem] = {}
 
-    def choose(self, problem: Problem, site: str) -> Choice:
+    def choose(self, problem: Problem, site: str, *, spare: bool = False) -> Choice:
         """Choose as ever, but give nothing to install: the module that asks is traced for its problems alone."""
         self.problems[problem.name] = problem
-        return replace(super().choose(problem, site), realized={})
+        return replace(super().choose(problem, site, spare=spare), realized={})
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,6 @@ def _kernel(name: str) -> Kernel:
         (Matmul(70, 1300, "q8", activation="silu", gated=True, activations="int8"), "integer8"),
         (Matmul(21, 19, "q4", bias=True, activations="int8"), "integer8"),
         (Matmul(70, 1300, "q6", residual=True, activations="int16"), "integer16"),
-        (Matmul(40, 100, "q6", activation="silu", gated=True, activations="int8"), "integer8"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )

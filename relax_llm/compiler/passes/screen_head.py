@@ -83,7 +83,7 @@ class ScreenHead:
             before.append(bind("decoded", decoded))
             matrix = before[-1][0]
         rough = Matmul(problem.n, problem.k, _SCREEN, activations="int16")
-        chosen = self.planner.choose(rough, f"{site}.{ESTIMATE}")
+        chosen = self.planner.choose(rough, f"{site}.{ESTIMATE}", spare=True)
         assert chosen.layout is not None
         before += packed(matrix, chosen.layout, _SCREEN, ESTIMATES)
         estimates = bind("estimates", self._launch(edit, rough, chosen, [x, before[-1][0]], call))

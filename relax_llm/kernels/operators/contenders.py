@@ -106,12 +106,9 @@ CONTENDERS = Operator(
     expected,
     samples=(
         Contenders(1, 1, "tiled32"),
-        Contenders(70, 33, "tiled32"),
         Contenders(1200, 20, "tiled32_bf16"),
         Contenders(513, 40, "tiled16_f16"),
-        Contenders(96, 70, "tiled32_q8"),
         Contenders(600, 70, "tiled32_q8", "int16"),
-        Contenders(70, 64, "tiled16_q4", "int16"),
     ),
     benchmarks=(Contenders(49152, 576, "tiled32_bf16"),),
     mistakes=(
