@@ -61,10 +61,19 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Transpose:
-    """A matrix with its axes exchanged."""
+class _Made:
+    """What is made from one other."""
 
     of: "Recipe"
+
+    def sources(self) -> list[str]:
+        """The parameters this is made from."""
+        return self.of.sources()
+
+
+@dataclass(frozen=True)
+class Transpose(_Made):
+    """A matrix with its axes exchanged."""
 
     def __str__(self) -> str:
         return f"transpose({self.of})"
@@ -73,10 +82,6 @@ class Transpose:
         """A view."""
         matrix = self.of.make(read, layouts)
         return np.transpose(matrix)
-
-    def sources(self) -> list[str]:
-        """The parameters this is made from."""
-        return self.of.sources()
 
 
 @dataclass(frozen=True)
@@ -98,10 +103,9 @@ class Concat:
 
 
 @dataclass(frozen=True)
-class Encode:
+class Encode(_Made):
     """A matrix in a weight format. Each part of a joined one is encoded alone, for some may be encoded already."""
 
-    of: "Recipe"
     format: str
 
     def __str__(self) -> str:
@@ -120,10 +124,6 @@ class Encode:
                 f"{joined_name(self.sources())} cannot be stored as {self.format}: {error}"
             ) from error
 
-    def sources(self) -> list[str]:
-        """The parameters this is made from."""
-        return self.of.sources()
-
 
 def _encoded(recipe: "Recipe", format: Format, read: Read, layouts: Layouts) -> Array:
     if isinstance(recipe, Concat):
@@ -138,10 +138,9 @@ def _encoded(recipe: "Recipe", format: Format, read: Read, layouts: Layouts) -> 
 
 
 @dataclass(frozen=True)
-class Pack:
+class Pack(_Made):
     """A matrix in the layout of the kernels that read it."""
 
-    of: "Recipe"
     layout: str
 
     def __str__(self) -> str:
@@ -151,16 +150,11 @@ class Pack:
         """A new array."""
         return layouts(self.layout).pack(self.of.make(read, layouts))
 
-    def sources(self) -> list[str]:
-        """The parameters this is made from."""
-        return self.of.sources()
-
 
 @dataclass(frozen=True)
-class Decode:
+class Decode(_Made):
     """The floats that an encoded matrix stands for."""
 
-    of: "Recipe"
     format: str
     k: int
 
@@ -171,16 +165,11 @@ class Decode:
         """A new array [N, K]."""
         return FORMATS[self.format].decode(self.of.make(read, layouts), self.k)
 
-    def sources(self) -> list[str]:
-        """The parameters this is made from."""
-        return self.of.sources()
-
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(_Made):
     """A matrix in fewer bits than it is stored in, beside it."""
 
-    of: "Recipe"
     format: str
 
     def __str__(self) -> str:
@@ -190,13 +179,9 @@ class Estimate:
         """A new array, encoded."""
         return FORMATS[self.format].encode(self.of.make(read, layouts))
 
-    def sources(self) -> list[str]:
-        """The parameters this is made from."""
-        return self.of.sources()
-
 
 @dataclass(frozen=True)
-class Margins:
+class Margins(_Made):
     """How far a product with the estimate of a matrix may be from that with the matrix, times the length of x, by row.
 
     The difference of a row w and its estimate c takes the largest part. The rest is rounding: of sums in
@@ -204,7 +189,6 @@ class Margins:
     of a 127th of the largest of their group.
     """
 
-    of: "Recipe"
     format: str
 
     def __str__(self) -> str:
@@ -226,10 +210,6 @@ class Margins:
                 apart += (k + 8) * _UNIT * (length + rough_length) + _ROUNDED * rough_length
             margins[start : start + _ROWS] = np.where(np.isfinite(apart), apart * (1 + 8 * _UNIT), np.inf)
         return margins
-
-    def sources(self) -> list[str]:
-        """The parameters this is made from."""
-        return self.of.sources()
 
 
 Recipe = Source | Transpose | Concat | Encode | Pack | Decode | Estimate | Margins
