@@ -187,9 +187,9 @@ class Manifest:
     files: Mapping[str, File] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def greedy_function(self, seq: int) -> str:
-        """The function whose logits a greedy choice looks at, after so many tokens."""
-        if CONTENDERS in self.functions:
+    def greedy_function(self, seq: int, *, whole: bool = False) -> str:
+        """The function whose logits a greedy choice looks at, after so many tokens; `whole`: one that computes all."""
+        if CONTENDERS in self.functions and not whole:
             return CONTENDERS
         return "decode" if seq == 1 else "prefill"
 

@@ -95,9 +95,8 @@ class Calls:
 
         Logits may be estimates where they cannot be the largest.
         """
-        function = self._artifact.manifest.greedy_function(ids.shape[1])
-        if self._control.chooses:  # what serves the head is to compute all logits
-            function = "decode" if ids.shape[1] == 1 else "prefill"
+        # What is chosen for the head by hand is to compute all logits.
+        function = self._artifact.manifest.greedy_function(ids.shape[1], whole=self._control.chooses)
         logits = self.evaluate(function, state, ids)
         sizes = {"batch": ids.shape[0], "seq": 1, "kv_len": state.length}
         return logits, self.call("greedy", sizes, logits)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from relax_llm.artifact.manifest import CONTENDERS
 from relax_llm.errors import InputError
 
 Floats = npt.NDArray[np.float32]
@@ -65,7 +66,7 @@ def array_of(token_ids: Any) -> npt.NDArray[Any]:
 
 def shaped(function: str, result: Floats, flat: bool) -> Floats:
     """A function's result [batch, seq, ...] as the caller gets it: `flat` where its ids had no batch axis."""
-    if function in ("prefill", "contenders"):
+    if function in ("prefill", CONTENDERS):
         result = result[:, -1]
     elif function == "decode":
         result = result[:, 0]
