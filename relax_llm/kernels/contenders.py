@@ -189,46 +189,41 @@ def contenders(problem: Contenders, machine: Machine) -> PrimFunc:
             first = b.let("first", T.cast(place[0], "int64"))
             b.put(bars, logits_of(row, first // cols)[0, first % cols], row)
 
-        def any_of(vectors: Callable[[Callable[[Expr, int], None]], None], row: Expr) -> Expr:
-            """Whether the logit of any token in some vectors may reach the bar, or is not a number: not 0."""
+        def any_of(row: Expr, start: Expr, width: int) -> Expr:
+            """Whether the logit of any of some tokens may reach the bar, or is not a number: not 0."""
             found = b.local((LANES,), "int32")
             b.store(found, T.broadcast(T.int32(0), LANES), 0)
 
-            def look(at: Expr, lanes: int) -> None:
+            def look(offset: Expr, lanes: int) -> None:
+                at = b.let("at", start + offset)
                 reached = b.load(estimates, row, at, lanes=lanes)
                 reached = reached + b.load(margins, at, lanes=lanes) * b.splat(norms[row], lanes)
                 zeros, ones = (T.int32(i) if lanes == 1 else T.broadcast(T.int32(i), lanes) for i in range(2))
                 here = T.Select(reached < b.splat(bars[row], lanes), zeros, ones)
                 b.store(found, T.bitwise_or(b.load(found, 0, lanes=lanes), here), 0, lanes=lanes)
 
-            vectors(look)
+            b.sweep(width, look)
             return b.fold(b.load(found, 0), T.bitwise_or)
 
+        def copy(source: Expr, at: tuple[Expr, Expr], row: Expr, start: Expr, width: int) -> None:
+            """Write results for some tokens."""
+
+            def some(offset: Expr, lanes: int) -> None:
+                b.store(
+                    out, b.load(source, at[0], at[1] + offset, lanes=lanes), row, start + offset, lanes=lanes
+                )
+
+            b.sweep(width, some)
+
         def panel(row: Expr, start: Expr, width: int) -> None:
-            chunks = b.chunks(width)
-
-            def all_of_it(look: Callable[[Expr, int], None]) -> None:
-                for at, lanes in chunks:
-                    look(start + at, lanes)
-
-            found = any_of(all_of_it, row)
-            with b.when(found != 0):
+            with b.when(any_of(row, start, width) != 0):
                 exact = logits_of(row, b.let("panel", start // cols))
-                for at, lanes in chunks:
-                    b.store(out, b.load(exact, 0, at, lanes=lanes), row, start + at, lanes=lanes)
+                copy(exact, (T.int64(0), T.int64(0)), row, start, width)
 
         def stretch(row: Expr, start: Expr, width: int) -> None:
             """The tokens of some panels."""
-
-            def copy(look: Callable[[Expr, int], None]) -> None:
-                def both(at: Expr, lanes: int) -> None:
-                    place = b.let("place", start + at)
-                    b.store(out, b.load(estimates, row, place, lanes=lanes), row, place, lanes=lanes)
-                    look(place, lanes)
-
-                b.sweep(width, both)
-
-            with b.when(any_of(copy, row) != 0):
+            copy(estimates, (row, start), row, start, width)
+            with b.when(any_of(row, start, width) != 0):
                 if width >= cols:
                     with T.serial(width // cols) as index:
                         panel(row, b.let("first", start + index * cols), cols)
