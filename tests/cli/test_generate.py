@@ -225,7 +225,7 @@ def test_ctrl_c_ends_it_with_what_was_said(endless: Path, environment: dict[str,
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert out.rstrip(b"a") == b"\n"
+    assert out.lstrip(b"a") == b"\n"  # whole tokens, as many as there were time for, and the end of the line
     assert err.decode() == NOTE
     with Terminal(command, environment) as terminal:
         terminal.wait_for("a{50}")
