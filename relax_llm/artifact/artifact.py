@@ -77,7 +77,7 @@ class Artifact:
 
     @cached_property
     def channels(self) -> Mapping[str, npt.NDArray[Any]]:
-        """By parameter, for matrices whose columns are 2**exponents times the checkpoint's: the exponents, int8 [K].
+        """By parameter, for matrices whose columns are some factors times the checkpoint's: the factors, f32 [K].
 
         What these matrices read is so much smaller; see `relax_llm.compiler.equalize`.
         """

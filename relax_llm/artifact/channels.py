@@ -10,16 +10,16 @@ from safetensors.numpy import load_file, save_file
 Array = npt.NDArray[Any]
 
 
-def write(path: Path, exponents: Mapping[str, Array]) -> None:
+def write(path: Path, factors: Mapping[str, Array]) -> None:
     """Write the file, where there is something to say.
 
     Args:
         path: The file.
-        exponents: By parameter, int8 [K]: its columns are 2**exponents times the checkpoint's, and what it reads is so
-            much smaller.
+        factors: By parameter, f32 [K]: its columns are so many times the checkpoint's, and what it reads is so much
+            smaller.
     """
-    if exponents:
-        save_file(dict(exponents), path)
+    if factors:
+        save_file(dict(factors), path)
 
 
 def read(path: Path) -> Mapping[str, Array]:

@@ -105,7 +105,7 @@ def build(
             return by_name[weight.name].make(read, planner.layout)
 
         write(file, weights, make)
-    channels.write(directory / CHANNELS, made.exponents)
+    channels.write(directory / CHANNELS, made.factors)
     notes = [
         *unlinked,
         *made.notes,

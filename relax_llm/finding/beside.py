@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from relax_llm.artifact.manifest import Launch, Manifest
 from relax_llm.errors import InputError
-from relax_llm.finding.flow import exponents
+from relax_llm.finding.flow import factors
 from relax_llm.finding.walk import Counterpart, Receive
 from relax_llm.runtime.results import TOKENS, results
 from relax_llm.runtime.runner import Runner
@@ -78,9 +78,9 @@ class Beside:
         """The matching launches."""
         manifest = self.runner.artifact.manifest
         launches = manifest.functions[function]
-        channels = exponents(self.runner, function)
+        channels = factors(self.runner, function)
         return [
-            None if at is None else replace(_counterpart(at, launches[at], manifest), exponents=channels[at])
+            None if at is None else replace(_counterpart(at, launches[at], manifest), factors=channels[at])
             for at in pairs(subject.artifact.manifest, manifest, function)
         ]
 

@@ -10,7 +10,7 @@ from relax_llm.artifact.artifact import Artifact, load
 from relax_llm.errors import InputError
 from relax_llm.finding.beside import Beside, check_alike
 from relax_llm.finding.comparison import CallDifference, Comparison, SiteDifference, drift
-from relax_llm.finding.flow import exponents
+from relax_llm.finding.flow import factors
 from relax_llm.finding.walk import Reference, Walk
 from relax_llm.finding.workload import DECODES, Workload, workload
 from relax_llm.numerics.difference import difference, divergence
@@ -118,7 +118,7 @@ def _compared(
             ids = tokens[0] if call else list(tokens)
             counterparts = reference.counterparts(runner, function)
             with runner.steps(function, own, ids) as mine, runner.steps(function, held, ids) as its:
-                walk = Walk(call, mine, its, counterparts, exponents(runner, function), manifest, bound)
+                walk = Walk(call, mine, its, counterparts, factors(runner, function), manifest, bound)
                 theirs = reference.run(function, tokens, walk.receive)
                 ours = walk.finish()
             sites += walk.sites

@@ -60,10 +60,10 @@ def readers(
     return found
 
 
-def exponents(runner: Runner, function: str) -> list[Array | None]:
-    """For each launch those of the channels it writes, int8 [K], where the matrices that read them say some.
+def factors(runner: Runner, function: str) -> list[Array | None]:
+    """For each launch those of the channels it writes, f32 [K], where the matrices that read them say some.
 
-    Its result is 2**exponents times smaller than by the checkpoint's weights; see `relax_llm.compiler.equalize`.
+    Its result is so many times smaller than by the checkpoint's weights; see `relax_llm.compiler.equalize`.
     """
     known, manifest = runner.artifact.channels, runner.artifact.manifest
     launches = manifest.functions[function]

@@ -5,7 +5,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from relax_llm.artifact.manifest import Manifest
@@ -31,14 +30,14 @@ class Counterpart:
         make: Makes of these what the launch's results should be, in their order; None for one that the reference
             does not have.
         weights: How the reference stores the weight.
-        exponents: Of channels [..., K] that the reference has 2**exponents times smaller than the checkpoint.
+        factors: Of channels [..., K]: how many times smaller the reference has them than the checkpoint.
     """
 
     label: str
     needs: tuple[Hashable, ...]
     make: Callable[[Sequence[Array]], list[Array | None]]
     weights: str = "f32"
-    exponents: Array | None = None
+    factors: Array | None = None
 
 
 class Reference(Protocol):
@@ -85,7 +84,7 @@ class Walk:
         own: Steps,
         held: Steps,
         counterparts: Sequence[Counterpart | None],
-        exponents: Sequence[Array | None],
+        factors: Sequence[Array | None],
         manifest: Manifest,
         bound: float | None,
     ) -> None:
@@ -96,7 +95,7 @@ class Walk:
             own: The call on a state of its own.
             held: The same call, on a state that is held to the reference's.
             counterparts: For each launch.
-            exponents: For each launch, of the subject's channels, as a counterpart has the reference's.
+            factors: For each launch, of the subject's channels, as a counterpart has the reference's.
             manifest: The subject's.
             bound: For every site, in place of its own.
         """
@@ -104,7 +103,7 @@ class Walk:
         self._call = call
         self._own, self._held = own, held
         self._counterparts = counterparts
-        self._exponents = exponents
+        self._factors = factors
         self._manifest = manifest
         self._bound = bound
         self._at = 0
@@ -149,7 +148,7 @@ class Walk:
             return
         expected = counterpart.make([self._waiting[name] for name in counterpart.needs])
         expected = [
-            None if value is None else _as_large(value, self._exponents[self._at], counterpart.exponents)
+            None if value is None else _as_large(value, self._factors[self._at], counterpart.factors)
             for value in expected
         ]
         made = results(held)
@@ -222,8 +221,8 @@ def _measured(launch: Launch, made: Result, right: Array, problem: Mapping[str, 
 def _as_large(value: Array, subject: Array | None, reference: Array | None) -> Array:
     """What the reference has, with channels as large as the subject's."""
     if subject is not None:
-        value = np.ldexp(value, -subject.astype(np.int32))
-    return value if reference is None else np.ldexp(value, reference.astype(np.int32))
+        value = value / subject
+    return value if reference is None else value * reference
 
 
 def _fits(value: Array, result: Result) -> bool:

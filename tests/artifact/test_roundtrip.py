@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import relax_llm as rl
-from relax_llm.artifact.manifest import Manifest, Weight
+from relax_llm.artifact.manifest import FORMAT, Manifest, Weight
 from relax_llm.artifact.weights import ALIGNMENT, aligned, read, write
 from relax_llm.errors import ArtifactError
 
@@ -92,7 +92,7 @@ def test_the_manifest_survives_json(artifact: rl.Artifact) -> None:
     text = artifact.manifest.to_json()
     assert Manifest.from_json(text, "it") == artifact.manifest
     assert Manifest.from_json(text, "it").to_json() == text
-    assert json.loads(text)["format"] == 1
+    assert json.loads(text)["format"] == FORMAT
 
 
 def test_what_the_manifest_says(artifact: rl.Artifact) -> None:
