@@ -49,7 +49,9 @@ def own_sizes(kernel: Kernel, launch: Launch, sizes: Mapping[str, int]) -> dict[
 def products_of(kernel: Kernel) -> str:
     """What the products of a kernel's problem may be computed in: "f32", "bf16" or "int8"."""
     rounded = {"matmul": "activations", "attention": "cache"}.get(kernel.operator, "")
-    return {"bf16": "bf16", "int8": "int8", "int16": "int8"}.get(kernel.problem.get(rounded) or "", "f32")
+    return {"bf16": "bf16", "int7": "int8", "int8": "int8", "int16": "int8"}.get(
+        kernel.problem.get(rounded) or "", "f32"
+    )
 
 
 def cost(kernel: Kernel, launch: Launch, sizes: Mapping[str, int]) -> Cost:

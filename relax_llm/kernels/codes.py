@@ -9,6 +9,8 @@ _MAGIC, _MAGIC_BITS = (
     12582912.0,
     0x4B400000,
 )  # 1.5 * 2**23: added to a small number, it leaves that rounded at the end
+_EXPONENT, _ONE = 0x7F800000, 0x3F800000  # the bits of an exponent, those of 1.0
+_SMALLEST, _HIGHEST = 1 << 23, (127 + 105) << 23  # the bits of 2**-126 and 2**105
 _LEAST = 7 << 23  # the bits of 2**-120: what is smaller has no inverse, and counts as 0
 
 
@@ -21,6 +23,31 @@ def inverse_of(largest: Expr, most: float, lanes: int = 1) -> Expr:
     """What numbers up to a magnitude, of which these are the bits, are multiplied by to become up to `most`."""
     value = tirx.reinterpret("float32" if lanes == 1 else f"float32x{lanes}", largest)
     return tirx.Select(largest < _splat(_LEAST, lanes), _floats(0.0, lanes), _floats(most, lanes) / value)
+
+
+def power_of(largest: Expr, most: float, lanes: int = 1) -> Expr:
+    """The bits of the smallest power of two that numbers up to a magnitude are at most `most` times as large as.
+
+    At least 2**-126, and 2**105, of which `biased` is not a number, for magnitudes of more than most * 2**104 and for
+    what is not finite.
+    """
+    value = tirx.reinterpret("float32" if lanes == 1 else f"float32x{lanes}", largest) / _floats(most, lanes)
+    bits = tirx.min(as_integers(value, lanes), _splat(_HIGHEST, lanes)) + _splat(_SMALLEST - 1, lanes)
+    return tirx.max(bits & _splat(_EXPONENT, lanes), _splat(_SMALLEST, lanes))
+
+
+def inverse_power(power: Expr, lanes: int = 1) -> Expr:
+    """1 over a power of two, of which these are the bits, as f32."""
+    return tirx.reinterpret("float32" if lanes == 1 else f"float32x{lanes}", _splat(2 * _ONE, lanes) - power)
+
+
+def biased(power: Expr, lanes: int = 1) -> Expr:
+    """The bits of 1.5 * 2**23 times a power of two.
+
+    A whole number of less than 2**22 that is added to them counts as so many times the power: read as f32, and less
+    that number, they are the product, exactly. So sums of integers become f32 without being converted or multiplied.
+    """
+    return power + _splat(_MAGIC_BITS - _ONE, lanes)
 
 
 def rounded(vector: Expr, lanes: int = LANES) -> Expr:

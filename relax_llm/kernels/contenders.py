@@ -23,7 +23,7 @@ from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.matmul.integer import FEATURES, multiply_integers
 from relax_llm.kernels.matmul.operands import Operands, Parts, Sums
 from relax_llm.kernels.matmul.problem import Matmul
-from relax_llm.kernels.matmul.quantize import BESIDE, GROUP, PLANES, encode_row, quantize
+from relax_llm.kernels.matmul.quantize import BESIDE, GROUP, ROUNDINGS, encode_row, quantize
 from relax_llm.kernels.matmul.reading import panel_words
 from relax_llm.kernels.matmul.shape import tiled_blocking
 from relax_llm.kernels.pieces import Pieces
@@ -119,14 +119,17 @@ def _floats(problem: Contenders, machine: Machine, x: Expr, words: Expr, rows: E
 
 
 def _integers(problem: Contenders, machine: Machine, x: Expr, words: Expr, rows: Expr) -> _Logits:
-    layout, planes = problem.head, PLANES["int16"]
+    layout, rounding = problem.head, ROUNDINGS["int16"]
     assert isinstance(layout, TiledGroups)
-    groups = layout.blocks.groups(problem.k)
+    groups, planes = layout.blocks.groups(problem.k), rounding.planes
     widths = (("int8", groups * planes * GROUP), ("float32", groups * BESIDE))
     codes, beside = (
         b.view(T.alloc_buffer((rows * width,), dtype), (rows, width), dtype) for dtype, width in widths
     )
-    encode, multiply = quantize(layout.blocks, planes, machine), multiply_integers(layout, planes, machine)
+    encode, multiply = (
+        quantize(layout.blocks, rounding, machine),
+        multiply_integers(layout, rounding, machine),
+    )
 
     def write(row: Expr, panel: Expr, memory: Expr) -> None:
         b.call(

@@ -31,7 +31,7 @@ step of the format against a typical weight, six standard deviations of it, what
 LOGITS = 1e-2
 """How far logits may have drifted at the end, where weights are the same, without any site being out of its bound."""
 
-_ACTIVATIONS = {"int8": 2.0**-6, "int16": 2.0**-14, "bf16": 2.0**-8}
+_ACTIVATIONS = {"int7": 2.0**-5, "int8": 2.0**-6, "int16": 2.0**-14, "bf16": 2.0**-8}
 """What rounded activations may change, likewise: a typical step against a typical activation."""
 
 _GATED = 4.0  # A product's largest result is smaller than the product of its factors' largest.

@@ -52,7 +52,8 @@ class SelectKernels:
     serves a problem, and its loops become the function's own.
 
     Where weights are not stored as f32, they are encoded first: `R.call_pure_packed("relax_llm.encode.q8", wd)`.
-    Products of weights in blocks may round their activations to int8, and those of weights in bf16 to bf16.
+    Products of weights in blocks may round their activations to int8, or to int7 beside weights of 4 bits, whose own
+    rounding is so much coarser, and those of weights in bf16 to bf16.
 
     An embedding that shares its table with a matmul reads it in the matmul's layout, so that it is stored once. Another
     table of tokens has the matmuls' format.
@@ -112,8 +113,11 @@ class SelectKernels:
         Those of a head, whose outputs are the vocabulary, to two bytes: of a prompt it reads the last token alone, and
         what it misses is missed by a logit.
         """
-        if isinstance(FORMATS[stored], Blocks):
-            return "int16" if outputs == self.planner.storage.vocab_size else "int8"
+        format = FORMATS[stored]
+        if isinstance(format, Blocks):
+            if outputs == self.planner.storage.vocab_size:
+                return "int16"
+            return "int7" if format.code_bits == 4 else "int8"
         return _ROUNDED.get(stored)
 
     def _table(

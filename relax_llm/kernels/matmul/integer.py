@@ -18,7 +18,7 @@ from relax_llm.kernels.layout import TiledGroups
 from relax_llm.kernels.machine import LANES, LINE, Machine
 from relax_llm.kernels.matmul.operands import Operands, Sums, write
 from relax_llm.kernels.matmul.problem import Matmul
-from relax_llm.kernels.matmul.quantize import BESIDE, GROUP, PLANES, QUADS, encode_row, quantize
+from relax_llm.kernels.matmul.quantize import BESIDE, GROUP, QUADS, ROUNDINGS, Rounding, encode_row, quantize
 from relax_llm.plan.kernel import Declined
 
 FEATURES = INT8
@@ -38,18 +38,20 @@ _PRODUCTS = 200e9  # multiply-adds a second of a core
 
 
 def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
-    """The product over groups of integers of one or two bytes for activations, x [M, K].
+    """The product over groups of integers of one or two bytes for activations, as coarse as the problem allows.
 
-    First x is quantized, for all tasks: `quantize`. Then each task has a panel of the weight and a block of rows. Every
-    group is summed in integers, exactly; the sums of groups are multiplied by the two scales and added in f32, in
+    First x [M, K] is quantized, for all tasks: `quantize`. Then each task has a panel of the weight and some rows.
+    Every group is summed in integers, exactly; the sums of groups are multiplied by the two scales and added in f32, in
     ascending order, so that a row's result depends neither on the rows beside it nor on how the work was cut.
 
     Raises:
         Declined: The problem does not allow to round its activations so.
     """
-    if PLANES.get(problem.activations or "", 3) > planes:  # of f32 and bf16 none is known
+    allowed = ROUNDINGS.get(problem.activations or "")
+    if allowed is None or allowed.planes > planes:
         wanted = problem.activations or "f32"
         raise Declined(f"rounds activations to int{8 * planes}, and the problem wants them in {wanted}")
+    rounding = allowed if allowed.planes == planes else ROUNDINGS["int16"]
     k = problem.k
 
     def emit() -> None:
@@ -61,7 +63,7 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
         width = planes * GROUP
         codes = b.view(T.alloc_buffer((m * groups * width,), "int8"), (m, groups * width), "int8")
         beside = b.view(T.alloc_buffer((m * groups * BESIDE,), "float32"), (m, groups * BESIDE))
-        encode = quantize(layout.blocks, planes, machine)
+        encode = quantize(layout.blocks, rounding, machine)
 
         def some_rows(index: Expr) -> None:
             """Quantize rows without a rest, whose groups follow each other."""
@@ -102,7 +104,7 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
                 begin = b.let("begin", part * _PART)
                 operands.expect(first, height, panel)
                 b.call(
-                    multiply_integers(layout, planes, machine),
+                    multiply_integers(layout, rounding, machine),
                     height,
                     T.address_of(codes[first, begin * width]),
                     T.address_of(beside[first, begin * BESIDE]),
@@ -128,7 +130,7 @@ _POINTERS = (("codes", "int8"), ("beside", "float32"), ("weight", "float32"), ("
 _NUMBERS = ("apart", "apart_groups", "groups", "carry")
 
 
-def multiply_integers(layout: TiledGroups, planes: int, machine: Machine) -> ir.GlobalVar:
+def multiply_integers(layout: TiledGroups, rounding: Rounding, machine: Machine) -> ir.GlobalVar:
     """The function that adds a tile of products of integers to sums, over some groups.
 
     ::
@@ -146,14 +148,14 @@ def multiply_integers(layout: TiledGroups, planes: int, machine: Machine) -> ir.
         given = [pointer(name, dtype) for name, dtype in _POINTERS] + [number(name) for name in _NUMBERS]
         for rows in range(1, _ROWS + 1):
             with b.when(height == rows):
-                b.call(_tile(layout, planes, rows, machine), *given)
+                b.call(_tile(layout, rounding, rows, machine), *given)
 
-    return inner(f"multiply_int{8 * planes}_{layout.name}", (machine,), emit)
+    return inner(f"multiply_{rounding.name}_{layout.name}", (machine,), emit)
 
 
-def _tile(layout: TiledGroups, planes: int, rows: int, machine: Machine) -> ir.GlobalVar:
+def _tile(layout: TiledGroups, rounding: Rounding, rows: int, machine: Machine) -> ir.GlobalVar:
     """The function for one height, without that argument."""
-    format, cols = layout.blocks, layout.cols
+    format, cols, planes = layout.blocks, layout.cols, rounding.planes
     group_bytes, lines = layout.group_bytes, -(-layout.group_bytes // LINE)
 
     def emit() -> None:
@@ -179,8 +181,8 @@ def _tile(layout: TiledGroups, planes: int, rows: int, machine: Machine) -> ir.G
             for plane in range(planes):
                 for row, index, _, lanes in products:
                     start = T.int32(0)
-                    if not format.minimum and plane == planes - 1:
-                        start = begins[(row * apart_groups + group) * BESIDE + 1]
+                    if plane == planes - 1 and (rounding.powers or not format.minimum):
+                        start = begins[(row * apart_groups + group) * BESIDE + (not format.minimum)]
                     value = T.broadcast(start, lanes)
                     if plane:
                         value = T.shift_left(products.get(row, index), T.broadcast(T.int32(8), lanes)) + value
@@ -196,15 +198,21 @@ def _tile(layout: TiledGroups, planes: int, rows: int, machine: Machine) -> ir.G
                     least = T.Bind(from_f16(b.load(halves, at + cols, lanes=lanes), lanes, machine))
                 for row in range(rows):
                     own = (row * apart_groups + group) * BESIDE
-                    value = T.Cast(f"float32x{lanes}", products.get(row, index))
-                    total = acc.get(row, index) + value * (scale * b.splat(beside[own], lanes))
+                    floats = f"float32x{lanes}"
+                    if rounding.powers:
+                        value = T.reinterpret(floats, products.get(row, index)) - b.splat(beside[own], lanes)
+                        factor = scale
+                    else:
+                        value = T.Cast(floats, products.get(row, index))
+                        factor = scale * b.splat(beside[own], lanes)
+                    total = acc.get(row, index) + value * factor
                     if least is not None:
                         total = total + least * b.splat(beside[own + 1], lanes)
                     acc.set(row, index, total)
         for row, index, column, lanes in acc:
             b.store(sums, acc.get(row, index), row * apart + column, lanes=lanes)
 
-    return inner(f"multiply_int{8 * planes}_{layout.name}_rows{rows}", (machine,), emit, entry=False)
+    return inner(f"multiply_{rounding.name}_{layout.name}_rows{rows}", (machine,), emit, entry=False)
 
 
 def _add_group(

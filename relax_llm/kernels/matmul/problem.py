@@ -34,8 +34,8 @@ class Matmul(Problem):
         activation: Applied after the bias (to the gate only, when gated); a key of `ACTIVATIONS`.
         gated: Multiply the activated first half of the outputs by the second half.
         residual: Add a tensor of the output's shape at the end.
-        activations: "int8": x may be rounded to a 127th of the largest magnitude of each group of 32 along K; "int16":
-            to a 256th of that; "bf16": to bf16; None: it is to be taken as it is.
+        activations: "int8": x may be rounded to a 127th of the largest magnitude of each group of 32 along K; "int7":
+            to twice that; "int16": to a 256th of it; "bf16": to bf16; None: it is to be taken as it is.
     """
 
     operator: ClassVar[str] = "matmul"
@@ -54,8 +54,10 @@ class Matmul(Problem):
             raise KernelError(
                 f"The weight format {self.weight_format!r} is not known; known: {', '.join(FORMATS)}."
             )
-        if self.activations not in (None, "int8", "int16", "bf16"):
-            raise KernelError(f"Activations are None, 'int8', 'int16' or 'bf16', not {self.activations!r}.")
+        if self.activations not in (None, "int7", "int8", "int16", "bf16"):
+            raise KernelError(
+                f"Activations are None, 'int7', 'int8', 'int16' or 'bf16', not {self.activations!r}."
+            )
         if self.gated and self.n % 2:
             raise KernelError(f"A gated product needs an even number of rows of its weight, not {self.n}.")
         if self.activation is not None and self.activation not in IN_NUMPY:

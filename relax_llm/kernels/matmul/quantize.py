@@ -1,12 +1,14 @@
 """Activations as integers: each row of x in groups of 32, with a scale for each, made anew in every launch.
 
-A group is divided by its largest magnitude and multiplied by the largest code, 127 in int8; or 127 * 256, where a code
-has two bytes, in int16. What a product needs beside the codes lies with them: the scale, and the sum of the codes for
-weights whose codes do not begin at zero.
+A group is divided by a scale, so that its largest magnitude becomes the largest code, 127 in int8; or 127 * 256, where
+a code has two bytes, in int16. In int7 scales are powers of two, and the largest code is between 64 and 127. What a
+product needs beside the codes lies with them: the scale, and the sum of the codes for weights whose codes do not begin
+at zero.
 """
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from tvm import ir
 from tvm.tirx.script.builder import ir as T
@@ -14,7 +16,7 @@ from tvm.tirx.script.builder import ir as T
 from relax_llm.formats import Blocks
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.codes import inverse_of, magnitude, rounded
+from relax_llm.kernels.codes import biased, inverse_of, inverse_power, magnitude, power_of, rounded
 from relax_llm.kernels.inner import inner, memory, number, pointer
 from relax_llm.kernels.machine import LANES, Machine
 
@@ -25,16 +27,42 @@ QUADS = GROUP // 4
 BESIDE = 2
 """f32 beside the codes of a group: the scale, and what the sum of the codes is good for (see `quantize`)."""
 
-PLANES = {"int8": 1, "int16": 2}
-"""Bytes of a code, by what a problem allows."""
 
-MOST = {1: 127, 2: 127 << 8}
-"""The largest code, by its bytes."""
+@dataclass(frozen=True)
+class Rounding:
+    """What activations are rounded to.
+
+    Attributes:
+        name: As a problem says that it allows it.
+        planes: Bytes of a code.
+        powers: Whether scales are powers of two. A product saves a multiplication for each group and result then.
+    """
+
+    name: str
+    planes: int
+    powers: bool = False
+
+    @property
+    def most(self) -> int:
+        """The largest code."""
+        return 127 << 8 * (self.planes - 1)
+
+    @property
+    def least(self) -> float:
+        """Of how many steps the largest magnitude of a group is, at least."""
+        return self.most / 2 if self.powers else self.most
+
+
+ROUNDINGS = {
+    rounding.name: rounding
+    for rounding in (Rounding("int7", 1, powers=True), Rounding("int8", 1), Rounding("int16", 2))
+}
+"""By what a problem allows, the coarsest first: who allows one allows those behind it, too."""
 
 _FAR = 1 << 20
 
 
-def quantize(format: Blocks, planes: int, machine: Machine) -> ir.GlobalVar:
+def quantize(format: Blocks, rounding: Rounding, machine: Machine) -> ir.GlobalVar:
     """The function that quantizes groups that lie one after the other.
 
     ::
@@ -46,8 +74,12 @@ def quantize(format: Blocks, planes: int, machine: Machine) -> ir.GlobalVar:
     minimums, the scale times the sum of the codes. Where it has none it is the sum of the codes times that of zero,
     negative, as an int32: what a sum of products of unsigned codes begins with. A group with a number that is not
     finite has a scale that is not.
+
+    Where scales are powers of two, the first is 1.5 * 2**23 times the scale instead, and where the format has no
+    minimums the second begins with the bits of this: `biased`. A group with a number of more than 127 * 2**104 counts
+    as not finite.
     """
-    most = float(MOST[planes])
+    most, planes = float(rounding.most), rounding.planes
 
     def emit() -> None:
         x_at, codes_at, beside_at = pointer("x"), pointer("codes", "int8"), pointer("beside")
@@ -75,35 +107,47 @@ def quantize(format: Blocks, planes: int, machine: Machine) -> ir.GlobalVar:
                     b.store(codes, T.Cast(f"int8x{LANES}", part), at)
             return T.Bind(whole[0] + whole[1])
 
-        def second(scale: Expr, total: Expr, lanes: int) -> Expr:
-            """What lies behind a scale, as f32."""
+        def scaled(words: Expr, lanes: int) -> tuple[Expr, Expr, Expr]:
+            """Of largest magnitudes the inverse of the scale, the scale, and what begins a sum, as int32."""
+            floats = "float32" if lanes == 1 else f"float32x{lanes}"
+            if rounding.powers:
+                power = T.Bind(power_of(words, most, lanes))
+                return inverse_power(power, lanes), T.reinterpret(floats, power), T.Bind(biased(power, lanes))
+            zero = T.int32(0) if lanes == 1 else T.broadcast(T.int32(0), lanes)
+            scale = T.Bind(T.reinterpret(floats, words) / (T.float32(most) if lanes == 1 else b.splat(most)))
+            return inverse_of(words, most, lanes), scale, zero
+
+        def both(scale: Expr, begin: Expr, total: Expr, lanes: int) -> tuple[Expr, Expr]:
+            """What lies beside the codes, as f32."""
+            floats = "float32" if lanes == 1 else f"float32x{lanes}"
+            first = T.reinterpret(floats, begin) if rounding.powers else scale
             if format.minimum:
-                return scale * T.Cast("float32" if lanes == 1 else f"float32x{lanes}", total)
+                return first, scale * T.Cast(floats, total)
             zero = T.int32(-format.zero)
             product = total * (zero if lanes == 1 else T.broadcast(zero, lanes))
-            return T.reinterpret("float32" if lanes == 1 else f"float32x{lanes}", product)
+            return first, T.reinterpret(floats, begin + product)
 
         turns = b.let("turns", T.truncdiv(groups, T.int64(LANES)))
         with T.serial(turns) as turn:
             first = b.let("first", turn * LANES)
             words = T.Bind(across(T.max, [T.max(*map(magnitude, halves(first + i))) for i in range(LANES)]))
             inverses = b.local((LANES,))
-            b.store(inverses, inverse_of(words, most, LANES), 0)
-            scales = T.Bind(T.reinterpret(f"float32x{LANES}", words) / b.splat(most))
+            inverse, scales, begin = scaled(words, LANES)
+            b.store(inverses, inverse, 0)
             totals = T.Bind(across(operator.add, [encode(first + i, inverses[i]) for i in range(LANES)]))
-            both = [scales, T.Bind(second(scales, totals, LANES))]
+            pair = [T.Bind(vector) for vector in both(scales, begin, totals, LANES)]
             for half in range(BESIDE):
                 order = [half * LANES // 2 + i // 2 + i % 2 * LANES for i in range(LANES)]
-                b.store(beside, T.Shuffle(both, order), first * BESIDE + half * LANES)
+                b.store(beside, T.Shuffle(pair, order), first * BESIDE + half * LANES)
         with T.serial(groups - turns * LANES) as left:
             group = b.let("group", turns * LANES + left)
             word = T.Bind(b.fold(T.max(*map(magnitude, halves(group))), T.max))
-            scale = T.Bind(T.reinterpret("float32", word) / T.float32(most))
-            total = T.Bind(b.fold(encode(group, T.Bind(inverse_of(word, most))), operator.add))
-            b.put(beside, scale, group * BESIDE)
-            b.put(beside, second(scale, total, 1), group * BESIDE + 1)
+            inverse, scale, begin = scaled(word, 1)
+            total = T.Bind(b.fold(encode(group, T.Bind(inverse)), operator.add))
+            for at, value in enumerate(both(scale, begin, total, 1)):
+                b.put(beside, value, group * BESIDE + at)
 
-    return inner(f"quantize_int{8 * planes}_for_{format.name}", (machine,), emit)
+    return inner(f"quantize_{rounding.name}_for_{format.name}", (machine,), emit)
 
 
 def encode_row(encode: ir.GlobalVar, matrices: Sequence[Expr], row: Expr, k: int, planes: int) -> None:

@@ -12,7 +12,7 @@ from relax_llm.formats import FORMATS, Blocks, Format
 from relax_llm.formats.blocks import Parts
 from relax_llm.kernels.layout import Layout, Plain
 from relax_llm.kernels.matmul.problem import Matmul, arguments, definition, reference
-from relax_llm.kernels.matmul.quantize import GROUP, MOST, PLANES
+from relax_llm.kernels.matmul.quantize import GROUP, ROUNDINGS
 from relax_llm.kernels.operators.operator import (
     UNIT,
     Array,
@@ -83,7 +83,7 @@ def _integers(problem: Matmul, rows: int, rng: np.random.Generator) -> dict[str,
 
     limits = {"x": largest, "weight": largest, "bias": 2**shift, "residual": 2**shift}
     made = {name: draw(shape, limits[name]) for name, shape in _shapes(problem, rows)}
-    if problem.activations in PLANES:
+    if problem.activations in ROUNDINGS:
         made["x"][:, ::GROUP] = np.copysign(127, made["x"][:, ::GROUP])
     for name in made.keys() - {"x"}:
         made[name] *= np.float32(2.0**-shift)
@@ -179,7 +179,7 @@ def _half_steps(problem: Matmul, x: Array) -> Array:
     """How far a rounded activation may be from each element [M, K]."""
     if problem.activations == "bf16":
         return np.abs(x.astype(np.float64)) * 2.0**-8 + 2.0**-126  # half a step of the largest of a binade
-    return _largest_of_groups(x) / (2 * MOST[PLANES[problem.activations or ""]])
+    return _largest_of_groups(x) / (2 * ROUNDINGS[problem.activations or ""].least)
 
 
 def _largest_of_groups(x: Array) -> Array:
@@ -236,8 +236,8 @@ MATMUL = Operator(
         Matmul(70, 65, "q4", activation="silu", gated=True),
         Matmul(21, 19, "q4s", bias=True, residual=True),
         Matmul(40, 70, "q8", activations="int8"),
-        Matmul(38, 65, "q4", activation="silu", gated=True, activations="int8"),
-        Matmul(33, 40, "q4s", residual=True, activations="int8"),
+        Matmul(38, 65, "q4", activation="silu", gated=True, activations="int7"),
+        Matmul(33, 40, "q4s", residual=True, activations="int7"),
         Matmul(33, 40, "q6", bias=True, activations="int16"),
     ),
     benchmarks=(
