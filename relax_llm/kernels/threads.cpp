@@ -5,12 +5,13 @@
 // speed was seen. Here
 //   - a loop is cut into TASKS. A thread begins with its own share of them, in order, and then takes what is left of
 //     the others' shares. Nobody waits for a thread that did not begin: only for those that are at a task.
-//   - Who has nothing to do spins for some microseconds and then sleeps, so that others can have the core. Who is woken on
-//     the core of the thread that woke it leaves for another: Linux was seen to have both take turns there for
-//     milliseconds, with the other core idle.
+//   - Who has nothing to do spins for some microseconds and then sleeps, so that others can have the core. Who is woken is
+//     kept off the core of the thread that wakes it: Linux puts it there when it ran there last, and has both take turns
+//     of three milliseconds with the other core idle.
 //   - A thread that was kept from its core in the middle of a task is waited for, at most for as long as the system
 //     serves somebody else. Where that happens twice within a short time the caller does without other threads for some
-//     multiple of it. Then a neighbour has one core, and the loops run on the other at the speed that one core has.
+//     multiple of it, and for a larger one where it goes on. Then a neighbour has one core, and the loops run on the other
+//     at the speed that one core has.
 //   - Who waits for the next loop asks for the weight that will be read there: see ahead.hpp.
 //
 // Tasks do not depend on each other, so that results are the same whoever runs which.
@@ -27,6 +28,8 @@
 #include <thread>
 #ifdef __linux__
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include "ahead.hpp"
@@ -37,7 +40,7 @@ constexpr int kTasks = TASKS;
 constexpr int kMostThreads = 64;
 constexpr int kSpins = 2500;    // looks before a thread sleeps: some fifty microseconds, more than between most loops
 constexpr int kAwake = 4;       // times as many before it sleeps again when it was woken, and came too late
-constexpr int kWaits = 500;     // looks before the caller sleeps until others are through
+constexpr int kWaits = 2500;     // looks before the caller sleeps until others are through
 constexpr int kMostInVain = 7;  // loops for which nobody is woken after one was, and came too late
 
 struct Group {  // TVMParallelGroupEnv
@@ -50,7 +53,8 @@ typedef int64_t Ticks;
 
 constexpr Ticks kLong = 100000;  // some thirty microseconds: shorter waits are those for a task's end
 constexpr Ticks kClose = 3;      // waits that begin within this multiple of their length are of one cause
-constexpr Ticks kAlone = 16;     // multiple of such a wait for which the caller does without other threads
+constexpr Ticks kAlone = 16;     // multiple of such a wait for which the caller does without other threads, at most
+constexpr Ticks kFirst = 2;      // and the first time: each time that it goes on, twice as long
 
 inline Ticks ticks() {
 #ifdef __x86_64__
@@ -76,16 +80,39 @@ inline int processor() {  // that this thread runs on; -1 where the system does 
 #endif
 }
 
-// Move this thread to another processor than the one given, where there is one, and let it go anywhere afterwards.
-void leave(int taken) {
+// A thread that sleeps, and is to be woken on another processor than that of the one who wakes it, where there is one.
+class Sleeper {
+ public:
+  void sleeps() {  // said by the thread itself, before it sleeps
 #ifdef __linux__
-  cpu_set_t all, others;
-  if (sched_getaffinity(0, sizeof all, &all) != 0 || CPU_COUNT(&all) < 2) return;
-  others = all;
-  CPU_CLR(taken, &others);
-  if (sched_setaffinity(0, sizeof others, &others) == 0) sched_setaffinity(0, sizeof all, &all);
+    id_ = static_cast<pid_t>(syscall(SYS_gettid));
 #endif
-}
+  }
+
+  void keep_off(int taken) {  // said by the one who is about to wake it
+#ifdef __linux__
+    if (!id_ || away_ || taken < 0 || sched_getaffinity(id_, sizeof all_, &all_) != 0) return;
+    cpu_set_t others = all_;
+    CPU_CLR(taken, &others);
+    away_ = CPU_COUNT(&others) > 0 && CPU_ISSET(taken, &all_) && sched_setaffinity(id_, sizeof others, &others) == 0;
+#endif
+  }
+
+  void woke() {  // said by the thread itself: it may go anywhere now
+#ifdef __linux__
+    if (away_) sched_setaffinity(0, sizeof all_, &all_);
+    away_ = false;
+    id_ = 0;
+#endif
+  }
+
+ private:
+#ifdef __linux__
+  pid_t id_ = 0;  // 0: it does not sleep
+  bool away_ = false;
+  cpu_set_t all_;  // where it may run
+#endif
+};
 
 int wanted_threads() {
   int wanted = 0;
@@ -143,7 +170,8 @@ class Threads {
 
   std::atomic<bool> busy_{false};
   int count_ = 0;                             // of threads, the caller's among them; 0: not started
-  Ticks alone_until_ = 0, late_ = 0;          // see kAlone; when the last long wait ended
+  Ticks alone_until_ = 0, late_ = 0;          // see kAlone; when the last long wait, and what it led to, ended
+  Ticks alone_for_ = kFirst;                  // multiple of the next such wait
   int skip_ = 0, in_vain_ = 0;                // loops for which nobody is woken, for the last was over before they came
 
   unsigned number_ = 0;                       // of the loop
@@ -155,10 +183,10 @@ class Threads {
   alignas(64) std::atomic<unsigned> open_{0};  // the number of the loop that threads may enter; 0: none
   alignas(64) std::atomic<int> inside_{0};     // threads that have entered, or look whether they may
   alignas(64) std::atomic<int> asleep_{0};
-  std::atomic<int> processor_{-1};             // of the thread that woke others last
   std::atomic<bool> waiting_{false}, stopping_{false};
   std::mutex mutex_;
   std::condition_variable work_, done_;
+  Sleeper sleepers_[kMostThreads];             // under the mutex
   pthread_t threads_[kMostThreads] = {};
   Ahead ahead_;
 };
@@ -179,8 +207,8 @@ int Threads::shared(Loop loop, void *data, Ticks began) {
   open_.store(number_);
   const bool wakes = asleep_.load() && --skip_ < 0;
   if (wakes) {
-    processor_.store(processor(), std::memory_order_relaxed);
     std::lock_guard<std::mutex> lock(mutex_);
+    for (int i = 1; i < count_; i++) sleepers_[i].keep_off(processor());
     work_.notify_all();
   }
   work(0);
@@ -194,8 +222,14 @@ int Threads::shared(Loop loop, void *data, Ticks began) {
     skip_ = in_vain_ = in_vain_ < kMostInVain ? 2 * in_vain_ + 1 : kMostInVain;
   }
   if (waited > kLong && waited > (through - began) / 4) {
-    if (began - late_ < kClose * waited) alone_until_ = now + kAlone * waited;
+    const bool again = began - late_ < kClose * waited;
     late_ = now;
+    if (again) {
+      late_ = alone_until_ = now + alone_for_ * waited;
+      alone_for_ = alone_for_ < kAlone ? 2 * alone_for_ : kAlone;
+    } else {
+      alone_for_ = kFirst;
+    }
   }
   return failed_.load(std::memory_order_relaxed);
 }
@@ -244,11 +278,11 @@ void Threads::serve(int self) {
     if (spins == patience) {
       std::unique_lock<std::mutex> lock(mutex_);
       asleep_.fetch_add(1);
+      sleepers_[self].sleeps();
       work_.wait(lock, [&] { return stopping_.load() || opened(); });
+      sleepers_[self].woke();
       asleep_.fetch_sub(1);
       lock.unlock();
-      const int taken = processor_.load(std::memory_order_relaxed);
-      if (taken >= 0 && taken == processor()) leave(taken);
       patience = kSpins * kAwake;
     }
     inside_.fetch_add(1);

@@ -91,6 +91,27 @@ def test_threads_sleep_between_launches_and_wake_up(library: Path) -> None:
     assert _run(library, code, 2) == "done\n"
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinities")
+def test_threads_that_were_woken_may_run_anywhere(library: Path) -> None:
+    """They are kept off the core of the one who wakes them, but only until they are awake; one core is enough for all."""
+    code = """
+        import time
+        def places():
+            return [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
+        check(20, [1000])
+        for allowed in (os.sched_getaffinity(0), {min(os.sched_getaffinity(0))}):
+            for thread in os.listdir("/proc/self/task"):
+                os.sched_setaffinity(int(thread), allowed)
+            for _ in range(20):
+                time.sleep(0.02)  # they sleep
+                check(20, [1000])
+            end = time.monotonic() + 30
+            while set(map(frozenset, places())) != {frozenset(allowed)}:  # some may be waking up still
+                assert time.monotonic() < end, places()
+    """
+    _run(library, code, 3)
+
+
 def test_several_threads_of_the_host_launch_at_once(library: Path) -> None:
     code = f"""
         failed = []
