@@ -278,9 +278,11 @@ void Threads::serve(int self) {
     if (spins == patience) {
       std::unique_lock<std::mutex> lock(mutex_);
       asleep_.fetch_add(1);
-      sleepers_[self].sleeps();
-      work_.wait(lock, [&] { return stopping_.load() || opened(); });
-      sleepers_[self].woke();
+      while (!stopping_.load() && !opened()) {
+        sleepers_[self].sleeps();
+        work_.wait(lock);
+        sleepers_[self].woke();
+      }
       asleep_.fetch_sub(1);
       lock.unlock();
       patience = kSpins * kAwake;

@@ -93,7 +93,7 @@ def test_threads_sleep_between_launches_and_wake_up(library: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinities")
 def test_threads_that_were_woken_may_run_anywhere(library: Path) -> None:
-    """They are kept off the core of the one who wakes them, but only until they are awake; one core is enough for all."""
+    """They are kept off the core of the one who wakes them, but only until they wake; one core is enough for all."""
     code = """
         import time
         def places():
