@@ -40,7 +40,7 @@ constexpr int kTasks = TASKS;
 constexpr int kMostThreads = 64;
 constexpr int kSpins = 2500;    // looks before a thread sleeps: some fifty microseconds, more than between most loops
 constexpr int kAwake = 4;       // times as many before it sleeps again when it was woken, and came too late
-constexpr int kWaits = 2500;     // looks before the caller sleeps until others are through
+constexpr int kWaits = 2500;    // looks before the caller sleeps until others are through
 constexpr int kMostInVain = 7;  // loops for which nobody is woken after one was, and came too late
 
 struct Group {  // TVMParallelGroupEnv
