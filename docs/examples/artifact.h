@@ -29,7 +29,7 @@
 namespace ffi = tvm::ffi;
 namespace json = tvm::ffi::json;
 
-constexpr int64_t kFormat = 1;       // of the manifest
+constexpr int64_t kFormat = 2;       // of the manifest
 constexpr size_t kAlignment = 64;    // bytes; what the kernels assume of every tensor's address
 
 struct Cache {

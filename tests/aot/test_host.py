@@ -122,7 +122,7 @@ def test_damaged_artifacts_are_refused(program: Path, artifact: rl.Artifact, tmp
     os.truncate(damaged("cut") / weights, (artifact.path / weights).stat().st_size - 8)
     (damaged("library") / "lib.so").unlink()
     for name, says in (
-        ("format", "the artifact has format 9, but this program reads format 1."),
+        ("format", "the artifact has format 9, but this program reads format 2."),
         ("field", "the field 'caches' is missing"),
         ("type", "the field 'vocab_size' has another type"),
         ("shape", "differs from the manifest"),

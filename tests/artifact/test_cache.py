@@ -248,7 +248,7 @@ def test_classes_whose_source_says_too_little_are_never_taken_for_each_other(
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "no manifest": lambda path: (path / "manifest.json").unlink(),
     "a manifest that is no JSON": lambda path: (path / "manifest.json").write_bytes(b"\xff\0{"),
-    "a manifest of another shape": lambda path: (path / "manifest.json").write_text('{"format": 1}'),
+    "a manifest of another shape": lambda path: (path / "manifest.json").write_text('{"format": 2}'),
     "no library": lambda path: (path / "lib.so").unlink(),
     "a changed library": lambda path: (path / "lib.so").write_bytes(b"no"),
     "cut weights": lambda path: os.truncate(path / "weights.safetensors", 100),

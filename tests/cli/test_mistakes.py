@@ -288,7 +288,7 @@ def test_artifacts_that_cannot_run_here(
         lambda file: file.write_text("[]"),
         lambda file: file.write_bytes(b"\xff\xfe"),
         lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99})),
-        lambda file: file.write_text(json.dumps({"format": 1})),
+        lambda file: file.write_text(json.dumps({"format": 2})),
     ],
     ids=["garbled", "a list", "not text", "another format", "nearly empty"],
 )
