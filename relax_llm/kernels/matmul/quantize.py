@@ -113,9 +113,8 @@ def quantize(format: Blocks, rounding: Rounding, machine: Machine) -> ir.GlobalV
             if rounding.powers:
                 power = T.Bind(power_of(words, most, lanes))
                 return inverse_power(power, lanes), T.reinterpret(floats, power), T.Bind(biased(power, lanes))
-            zero = T.int32(0) if lanes == 1 else T.broadcast(T.int32(0), lanes)
-            scale = T.Bind(T.reinterpret(floats, words) / (T.float32(most) if lanes == 1 else b.splat(most)))
-            return inverse_of(words, most, lanes), scale, zero
+            scale = T.Bind(T.reinterpret(floats, words) / b.splat(most, lanes))
+            return inverse_of(words, most, lanes), scale, b.splat(T.int32(0), lanes)
 
         def both(scale: Expr, begin: Expr, total: Expr, lanes: int) -> tuple[Expr, Expr]:
             """What lies beside the codes, as f32."""
@@ -123,9 +122,7 @@ def quantize(format: Blocks, rounding: Rounding, machine: Machine) -> ir.GlobalV
             first = T.reinterpret(floats, begin) if rounding.powers else scale
             if format.minimum:
                 return first, scale * T.Cast(floats, total)
-            zero = T.int32(-format.zero)
-            product = total * (zero if lanes == 1 else T.broadcast(zero, lanes))
-            return first, T.reinterpret(floats, begin + product)
+            return first, T.reinterpret(floats, begin + total * b.splat(T.int32(-format.zero), lanes))
 
         turns = b.let("turns", T.truncdiv(groups, T.int64(LANES)))
         with T.serial(turns) as turn:
