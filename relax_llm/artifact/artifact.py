@@ -184,7 +184,7 @@ class Artifact:
                 self.library.is_file() and LIBRARY not in self.manifest.files
             )  # by the user, from the objects
             for name in [MANIFEST, *self.manifest.files, *([LIBRARY] if linked else [])]:
-                shutil.copyfile(self.path / name, temporary / name)
+                weights.copy(self.path / name, temporary / name)
         return Artifact(target, self.manifest)
 
 

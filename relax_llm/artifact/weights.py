@@ -5,9 +5,10 @@ import mmap
 import os
 import platform
 import re
+import shutil
 import struct
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -49,7 +50,8 @@ def dtype_of(name: str) -> np.dtype[Any]:
 def write(file: BinaryIO, weights: Sequence[Weight], make: Callable[[Weight], Array]) -> None:
     """Write tensors in the safetensors format.
 
-    Tensors of whole cache lines come first, so that all of those are aligned to `ALIGNMENT` in the file.
+    Tensors of whole cache lines come first, so that all of those are aligned to `ALIGNMENT` in the file. Bytes are
+    handed over by large pages of the file: Linux keeps a file in pieces as large as it was written in, and maps it so.
 
     Args:
         file: An empty file.
@@ -69,12 +71,38 @@ def write(file: BinaryIO, weights: Sequence[Weight], make: Callable[[Weight], Ar
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    file.write(struct.pack("<Q", len(text)) + text)
-    for weight in order:
-        value = np.ascontiguousarray(make(weight), dtype_of(weight.dtype))
-        if value.shape != weight.shape:
-            raise ArtifactError(f"Weight {weight.name!r} came out as {value.shape}, not as {weight.shape}.")
-        file.write(value.reshape(-1).view(np.uint8).data)
+
+    def parts() -> Iterator[Array]:
+        yield np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8)
+        for weight in order:
+            value = np.ascontiguousarray(make(weight), dtype_of(weight.dtype))
+            if value.shape != weight.shape:
+                raise ArtifactError(
+                    f"Weight {weight.name!r} came out as {value.shape}, not as {weight.shape}."
+                )
+            yield value.reshape(-1).view(np.uint8)
+
+    _write_by_pages(file, parts())
+
+
+def _write_by_pages(file: BinaryIO, parts: Iterable[Array]) -> None:
+    """Write arrays of bytes one after the other, a large page of the file at a time."""
+    page, filled = np.empty(_LARGE_PAGE, np.uint8), 0
+    for part in parts:
+        while len(part):
+            count = min(len(part), len(page) - filled)
+            page[filled : filled + count] = part[:count]
+            part, filled = part[count:], filled + count
+            if filled == len(page):
+                file.write(page.data)
+                filled = 0
+    file.write(page[:filled].data)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file, large page by large page."""
+    with source.open("rb", buffering=0) as file, target.open("wb") as new:
+        shutil.copyfileobj(file, new, _LARGE_PAGE)
 
 
 def read(path: Path, weights: Sequence[Weight], *, mapped: bool | None = None) -> list[Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from itertools import pairwise
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file
 
 import relax_llm as rl
 from relax_llm.artifact.manifest import FORMAT, Manifest, Weight
-from relax_llm.artifact.weights import ALIGNMENT, aligned, read, write
+from relax_llm.artifact.weights import ALIGNMENT, aligned, copy, read, write
 from relax_llm.errors import ArtifactError
 
 from ..machines import PLAINER
@@ -163,6 +164,34 @@ def test_odd_sizes_and_all_types_are_written_and_read(tmp_path: Path, mapped: bo
         array[...] = 0  # is not written to the file
     (last,) = read(path, ODD[-1:], mapped=mapped)
     np.testing.assert_array_equal(last, values[ODD[-1].name])
+
+
+class Pieces(io.BytesIO):
+    """A file that notes how much each call writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def write(self, data: Any) -> int:
+        self.sizes.append(len(data))
+        return super().write(data)
+
+
+def test_a_file_is_written_by_large_pages(tmp_path: Path) -> None:
+    """Linux maps it in pieces as large as those that it was written in."""
+    large = [
+        Weight(name, name, (count,), "float32") for name, count in (("a", 700_001), ("b", 16), ("c", 3 << 19))
+    ]
+    values = {w.name: np.arange(*w.shape, dtype=np.float32) for w in large}
+    file = Pieces()
+    write(file, large, lambda weight: values[weight.name])
+    assert len(file.sizes) == 5
+    assert set(file.sizes[:-1]) == {2**21}
+    (tmp_path / "one").write_bytes(file.getvalue())
+    copy(tmp_path / "one", tmp_path / "other")
+    for weight, array in zip(large, read(tmp_path / "other", large), strict=True):
+        np.testing.assert_array_equal(array, values[weight.name])
 
 
 @pytest.mark.parametrize("mapped", [True, False])
