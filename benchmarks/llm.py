@@ -16,6 +16,7 @@ those of a busy machine.
 """
 
 import argparse
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,7 +29,7 @@ from benchmarks.limits import Limits, LimitsProgram
 from benchmarks.models import Forms, smollm2, write_one_billion
 from benchmarks.peers import ENGINES, OURS
 from benchmarks.report import Figures, Report, to_json
-from benchmarks.turns import DECODED, Case, Seat, Unavailable, Worker
+from benchmarks.turns import DECODED, PAUSE, Case, Seat, Unavailable, Worker
 from relax_llm import cpu
 from relax_llm.errors import RelaxLLMError
 from relax_llm.places import cache_directory
@@ -73,6 +74,7 @@ def measure(options: argparse.Namespace, weights: str, program: LimitsProgram) -
         random = np.random.default_rng(0)
         for number in range(options.rounds + 1):
             if number:  # the round before the first warms up
+                time.sleep(PAUSE)
                 limits.append(program.measure(memory))
             for length in sorted({case.length for case in cases}):
                 table.turn(random.integers(0, manifest.vocab_size, length).tolist(), recorded=number > 0)
@@ -129,6 +131,7 @@ class Table:
         length = len(token_ids)
         cases = [case for case in self._cases if case.length == length]
         decodes = any(case.function == "decode" for case in cases)
+        self._workers = self._workers[1:] + self._workers[:1]  # nobody is always behind the same one
         for worker in list(self._workers):
             name = worker.seat.name
             rates = self.figures[name].rates
