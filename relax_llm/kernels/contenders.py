@@ -20,7 +20,7 @@ from relax_llm.kernels.argmax import BLOCK, largest_of
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.layout import Packed, Plain, TiledGroups, parse
 from relax_llm.kernels.machine import LANES, Machine
-from relax_llm.kernels.matmul.integer import FEATURES, multiply_integers
+from relax_llm.kernels.matmul.integer import AHEAD, FEATURES, multiply_integers, spacing_of, turns_of
 from relax_llm.kernels.matmul.operands import Operands, Parts, Sums
 from relax_llm.kernels.matmul.problem import Matmul
 from relax_llm.kernels.matmul.quantize import BESIDE, GROUP, ROUNDINGS, encode_row, quantize
@@ -132,16 +132,20 @@ def _integers(problem: Contenders, machine: Machine, x: Expr, words: Expr, rows:
     )
 
     def write(row: Expr, panel: Expr, memory: Expr) -> None:
+        place = b.let("place", panel * panel_words(layout, problem.k))
         b.call(
             multiply,
             T.int64(1),
             T.address_of(codes[row, 0]),
             T.address_of(beside[row, 0]),
-            T.address_of(words[panel * panel_words(layout, problem.k)]),
+            T.address_of(words[place]),
             T.address_of(memory[0, 0]),
+            T.address_of(words[place + AHEAD]),
             T.int64(layout.cols),
             T.int64(groups),
             T.int64(groups),
+            T.int64(turns_of(layout)),
+            spacing_of(layout, T.int64(1)),
             T.int64(0),
         )
 

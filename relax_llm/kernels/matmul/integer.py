@@ -1,6 +1,6 @@
 """Products of quantized weights and quantized activations, in integers: `vpdpbusd` multiplies and adds four of each."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from tvm import ir
@@ -26,12 +26,14 @@ FEATURES = INT8
 
 FORMATS_READ = frozenset(name for name, format in FORMATS.items() if isinstance(format, Blocks))
 
+AHEAD = 1024
+"""How far ahead of itself a tile asks for its weight that works on it alone, in elements of four bytes."""
+
 _ROWS = 6  # of a tile: with 32 columns, 12 vectors of integers and 12 of their sums
 _PART = 32  # groups of a panel that are multiplied at a time; they stay in a first-level cache
 _TILES = 64  # in a block of rows
 _AT_ONCE = 8  # rows that are quantized by one call
 _SERIAL = 1 << 14  # elements of x that one core quantizes sooner than two could begin
-_AHEAD = 4096  # bytes of weight that are asked for before they are needed
 _FAR = 1 << 20
 _MEMORY = 25e9  # bytes a second that a core reads
 _PRODUCTS = 200e9  # multiply-adds a second of a core
@@ -60,7 +62,7 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
         assert isinstance(layout, TiledGroups)
         m, x, cols = operands.m, operands.x, operands.tile.cols
         groups, rest = layout.blocks.groups(k), k % GROUP
-        width = planes * GROUP
+        width, group_words = planes * GROUP, layout.group_bytes // 4
         codes = b.view(T.alloc_buffer((m * groups * width,), "int8"), (m, groups * width), "int8")
         beside = b.view(T.alloc_buffer((m * groups * BESIDE,), "float32"), (m, groups * BESIDE))
         encode = quantize(layout.blocks, rounding, machine)
@@ -102,19 +104,29 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
                 at = b.let("at", first - top) if parts > 1 else T.int64(0)
                 sums = operands.in_place(first, panel) if kept is None else Sums(kept, (at, T.int64(0)), cols)
                 begin = b.let("begin", part * _PART)
+                count = b.let("count", T.min(T.int64(_PART), groups - begin))
+                place = b.let("place", panel * operands.panel_words + begin * group_words)
+                # All tiles that work on these groups ask for those behind them, each for its share, so that memory is
+                # read all the time, and not while the first tile of a panel is multiplied. One that is alone asks for
+                # what it needs itself soon.
+                turns = T.int64(turns_of(layout))
+                spacing = b.let("spacing", spacing_of(layout, own))
+                behind = count * (group_words + i * turns * spacing)
+                ahead = b.let("ahead", place + T.if_then_else(own == 1, T.int64(AHEAD), behind))
                 operands.expect(first, height, panel)
                 b.call(
                     multiply_integers(layout, rounding, machine),
                     height,
                     T.address_of(codes[first, begin * width]),
                     T.address_of(beside[first, begin * BESIDE]),
-                    T.address_of(
-                        operands.weight[panel * operands.panel_words + begin * (layout.group_bytes // 4)]
-                    ),
+                    T.address_of(operands.weight[place]),
                     sums.address,
+                    T.address_of(operands.weight[ahead]),
                     T.int64(sums.apart),
                     T.int64(groups),
-                    T.min(T.int64(_PART), groups - begin),
+                    count,
+                    turns,
+                    spacing,
                     T.cast(part, "int64"),
                 )
                 if not operands.done:
@@ -126,8 +138,21 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
     return b.prim_func(f"integer{8 * planes}__{problem.name}", emit)
 
 
-_POINTERS = (("codes", "int8"), ("beside", "float32"), ("weight", "float32"), ("sums", "float32"))
-_NUMBERS = ("apart", "apart_groups", "groups", "carry")
+def turns_of(layout: TiledGroups) -> int:
+    """Turns of a micro-kernel's loop in a group; see `_add_quads`."""
+    return QUADS // (4 if layout.blocks.code_bits == 6 else 2)
+
+
+def spacing_of(layout: TiledGroups, tiles: Expr) -> Expr:
+    """How far apart the places are that turns ask for, so that some tiles together ask for as much as they read."""
+    return T.truncdiv(tiles + (layout.group_bytes // 4 // turns_of(layout) - 1), tiles)
+
+
+_POINTERS = (
+    ("codes", "int8"),
+    *((name, "float32") for name in ("beside", "weight", "sums", "ahead")),
+)
+_NUMBERS = ("apart", "apart_groups", "groups", "turns", "spacing", "carry")
 
 
 def multiply_integers(layout: TiledGroups, rounding: Rounding, machine: Machine) -> ir.GlobalVar:
@@ -135,11 +160,15 @@ def multiply_integers(layout: TiledGroups, rounding: Rounding, machine: Machine)
 
     ::
 
-        multiply_integers(height, codes, beside, weight, sums, apart, apart_groups, groups, carry)
+        multiply_integers(
+            height, codes, beside, weight, sums, ahead, apart, apart_groups, groups, turns, spacing, carry
+        )
 
     A tile has `height` rows and a panel's columns. `codes` and `beside` are the addresses of what `quantize` made of
     its first row's first group, with rows `apart_groups` groups apart; `weight` that of the panel there. The sums are
-    `apart` elements from row to row, and begin from what is there if `carry` is not 0.
+    `apart` elements from row to row, and begin from what is there if `carry` is not 0. Each group takes
+    `turns_of(layout)` turns of a loop, each of which asks for lines from `ahead` on, `spacing` elements of four bytes
+    behind those of the turn before.
     """
     layout = replace(layout, gated=False)
 
@@ -155,17 +184,20 @@ def multiply_integers(layout: TiledGroups, rounding: Rounding, machine: Machine)
 
 def _tile(layout: TiledGroups, rounding: Rounding, rows: int, machine: Machine) -> ir.GlobalVar:
     """The function for one height, without that argument."""
-    format, cols, planes = layout.blocks, layout.cols, rounding.planes
-    group_bytes, lines = layout.group_bytes, -(-layout.group_bytes // LINE)
+    format, cols, planes, group_bytes = layout.blocks, layout.cols, rounding.planes, layout.group_bytes
+
+    # What a turn asks for; tall tiles do not come alone, or multiply for as long as the rest takes.
+    lines = -(-group_bytes // (LINE * turns_of(layout)))
+    lines = lines if rows <= _ROWS // 2 else -(-lines // 2)
 
     def emit() -> None:
         given = {name: pointer(name, dtype) for name, dtype in _POINTERS}
-        apart, apart_groups, groups, carry = map(number, _NUMBERS)
+        apart, apart_groups, groups, turns, spacing, carry = map(number, _NUMBERS)
         quads = memory(given["codes"], (_FAR,), "int32")
         beside, begins = (memory(given["beside"], (_FAR,), dtype) for dtype in ("float32", "int32"))
         words = memory(given["weight"], (_FAR,), "uint32")
         halves = memory(given["weight"], (_FAR,), "uint16")
-        ahead = memory(given["weight"], (_FAR,))
+        ahead = memory(given["ahead"], (_FAR,))
         sums = memory(given["sums"], (_FAR,))
         acc = b.Registers(rows, b.chunks(cols))
         products = b.Registers(rows, b.chunks(cols), "int32")
@@ -176,8 +208,6 @@ def _tile(layout: TiledGroups, rounding: Rounding, rows: int, machine: Machine) 
 
         b.either(carry == 0, acc.clear, load)
         with T.serial(groups) as group:
-            for line in range(lines):
-                b.prefetch(ahead, (group * group_bytes + _AHEAD + line * LINE) // 4)
             for plane in range(planes):
                 for row, index, _, lanes in products:
                     start = T.int32(0)
@@ -187,9 +217,12 @@ def _tile(layout: TiledGroups, rounding: Rounding, rows: int, machine: Machine) 
                     if plane:
                         value = T.shift_left(products.get(row, index), T.broadcast(T.int32(8), lanes)) + value
                     products.set(row, index, value)
-                for index, (column, _) in enumerate(b.chunks(cols)):
-                    quad_at = [((row * apart_groups + group) * planes + plane) * QUADS for row in range(rows)]
-                    _add_group(products, index, layout, words, quads, group, column, quad_at)
+                quad_at = [((row * apart_groups + group) * planes + plane) * QUADS for row in range(rows)]
+                for turn in _each_turn(layout, turns):
+                    if not plane:
+                        for line in range(lines):
+                            b.prefetch(ahead, (group * turns + turn) * spacing + line * (LINE // 4))
+                    _add_quads(products, layout, words, quads, group, turn, quad_at)
             for index, (column, lanes) in enumerate(b.chunks(cols)):
                 at = group * (group_bytes // 2) + layout.code_bytes // 2 + column
                 scale = T.Bind(from_f16(b.load(halves, at, lanes=lanes), lanes, machine))
@@ -215,49 +248,74 @@ def _tile(layout: TiledGroups, rounding: Rounding, rows: int, machine: Machine) 
     return inner(f"multiply_{rounding.name}_{layout.name}_rows{rows}", (machine,), emit, entry=False)
 
 
-def _add_group(
+def _each_turn(layout: TiledGroups, turns: Expr) -> Iterator[Expr]:
+    """Gives the turns of a group, as one that stands for all in a loop of codes of a byte.
+
+    All of these one after the other are so much alike that LLVM asks for the quads of some rows long before they are
+    needed, and has no registers for the sums.
+    """
+    if layout.blocks.code_bits == 8:
+        with T.serial(turns) as turn:
+            yield turn
+    else:
+        yield from map(T.int64, range(turns_of(layout)))
+
+
+def _add_quads(
     products: b.Registers,
-    index: int,
     layout: TiledGroups,
     words: Expr,
     quads: Expr,
     group: Expr,
-    column: int,
+    turn: Expr,
     first: Sequence[Expr],
 ) -> None:
-    """Add a group of a vector of columns to the products of every row, whose quads begin at `first`."""
-    bits = layout.blocks.code_bits
+    """Add a turn of a group to the products of all rows, whose quads begin at `first`.
 
-    def stored(at: int) -> Expr:
-        return T.Bind(b.load(words, group * (layout.group_bytes // 4) + at * layout.cols + column))
+    A turn has two quads of codes of a byte, or what is in one word of such of four bits: a quad, and the one that is
+    half a group further on. Of six bits it has two such words, and what two more words have for them: the high bits.
+    """
+    bits, columns = layout.blocks.code_bits, [column for column, _ in b.chunks(layout.cols)]
+
+    def stored(at: Expr) -> list[Expr]:
+        start = group * (layout.group_bytes // 4) + at * layout.cols
+        return [T.Bind(b.load(words, start + column)) for column in columns]
 
     def splat(value: int) -> Expr:
         return T.broadcast(T.uint32(value), LANES)
 
-    pairs = [stored(QUADS // 2 + at) for at in range(2)] if bits == 6 else []
+    def add(quad: Expr, weights: list[Expr]) -> None:
+        weights = list(map(T.Bind, weights))
+        for row, start in enumerate(first):
+            four = T.Bind(T.broadcast(quads[start + quad], LANES))
+            for index, vector in enumerate(weights):
+                products.set(row, index, dot_int8(products.get(row, index), vector, four))
 
-    def high_bits(quad: int) -> Expr:
-        """The two high bits of a quad's codes, where these have them; they come from bits 2 * (quad // 2) on."""
-        up = 4 - 2 * (quad // 2)
-        moved = pairs[quad % 2]
-        if up:
-            moved = (T.shift_left if up > 0 else T.shift_right)(moved, splat(abs(up)))
-        return T.bitwise_and(moved, splat(0x30303030))
+    if bits == 8:
+        for u in range(2):
+            add(turn * 2 + u, stored(turn * 2 + u))
+        return
+    nibbles = splat(0x0F0F0F0F)
+    count = 2 if bits == 6 else 1
+    for u in range(count):
+        at = turn * count + u
+        held = stored(at)
+        low = [T.bitwise_and(word, nibbles) for word in held]
+        high = [T.bitwise_and(T.shift_right(word, splat(4)), nibbles) for word in held]
+        if bits == 6:
+            pairs, by = stored(T.int64(QUADS // 2 + u)), T.cast(turn * 2, "uint32")
 
-    for at in range(QUADS if bits == 8 else QUADS // 2):
-        both = stored(at)
-        vectors = [(at, both)]
-        if bits < 8:
-            nibbles = splat(0x0F0F0F0F)
-            high = T.shift_right(both, splat(4))
-            vectors = [(at, T.bitwise_and(both, nibbles)), (at + QUADS // 2, T.bitwise_and(high, nibbles))]
-        for quad, weights in vectors:
-            weights = T.Bind(T.bitwise_or(weights, high_bits(quad)) if pairs else weights)
-            for row, start in enumerate(first):
-                four = quads[start + quad]
-                products.set(
-                    row, index, dot_int8(products.get(row, index), weights, T.broadcast(four, LANES))
-                )
+            def joined(codes: list[Expr], moved: list[Expr]) -> list[Expr]:
+                mask = splat(0x30303030)
+                return [
+                    T.bitwise_or(*both)
+                    for both in zip(codes, (T.bitwise_and(m, mask) for m in moved), strict=True)
+                ]
+
+            low = joined(low, [T.shift_left(word, T.broadcast(T.uint32(4) - by, LANES)) for word in pairs])
+            high = joined(high, [T.shift_right(word, T.broadcast(by, LANES)) for word in pairs])
+        add(at, low)
+        add(at + QUADS // 2, high)
 
 
 def integer_cost(planes: int) -> Callable[[Matmul, Mapping[str, int]], float]:
