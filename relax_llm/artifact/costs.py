@@ -6,6 +6,7 @@ from math import prod
 
 from relax_llm.artifact import formulas
 from relax_llm.artifact.manifest import Kernel, Launch
+from relax_llm.formats.activations import ROUNDINGS
 from relax_llm.plan.kernel import AXES
 
 
@@ -48,10 +49,9 @@ def own_sizes(kernel: Kernel, launch: Launch, sizes: Mapping[str, int]) -> dict[
 
 def products_of(kernel: Kernel) -> str:
     """What the products of a kernel's problem may be computed in: "f32", "bf16" or "int8"."""
-    rounded = {"matmul": "activations", "attention": "cache"}.get(kernel.operator, "")
-    return {"bf16": "bf16", "int7": "int8", "int8": "int8", "int16": "int8"}.get(
-        kernel.problem.get(rounded) or "", "f32"
-    )
+    field = {"matmul": "activations", "attention": "cache"}.get(kernel.operator, "")
+    rounded = kernel.problem.get(field) or ""
+    return "int8" if rounded in ROUNDINGS else "bf16" if rounded == "bf16" else "f32"
 
 
 def cost(kernel: Kernel, launch: Launch, sizes: Mapping[str, int]) -> Cost:

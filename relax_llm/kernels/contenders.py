@@ -15,6 +15,7 @@ from tvm.tirx.script.builder import ir as T
 
 from relax_llm.errors import KernelError
 from relax_llm.formats import format_named
+from relax_llm.formats.activations import GROUP, ROUNDINGS
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.argmax import BLOCK, largest_of
 from relax_llm.kernels.builder import Expr
@@ -23,7 +24,7 @@ from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.matmul.integer import AHEAD, FEATURES, multiply_integers, spacing_of, turns_of
 from relax_llm.kernels.matmul.operands import Operands, Parts, Sums
 from relax_llm.kernels.matmul.problem import Matmul
-from relax_llm.kernels.matmul.quantize import BESIDE, GROUP, ROUNDINGS, encode_row, quantize
+from relax_llm.kernels.matmul.quantize import BESIDE, encode_row, quantize
 from relax_llm.kernels.matmul.reading import panel_words
 from relax_llm.kernels.matmul.shape import tiled_blocking
 from relax_llm.kernels.pieces import Pieces

@@ -9,6 +9,7 @@ from tvm.tirx.script.builder import ir as T
 
 from relax_llm import cpu
 from relax_llm.formats import FORMATS, Blocks
+from relax_llm.formats.activations import GROUP, ROUNDINGS, Rounding
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.halves import from_f16
@@ -18,7 +19,7 @@ from relax_llm.kernels.layout import TiledGroups
 from relax_llm.kernels.machine import LANES, LINE, Machine
 from relax_llm.kernels.matmul.operands import Operands, Sums, write
 from relax_llm.kernels.matmul.problem import Matmul
-from relax_llm.kernels.matmul.quantize import BESIDE, GROUP, QUADS, ROUNDINGS, Rounding, encode_row, quantize
+from relax_llm.kernels.matmul.quantize import BESIDE, QUADS, encode_row, quantize
 from relax_llm.plan.kernel import Declined
 
 FEATURES = INT8

@@ -16,6 +16,7 @@ from tvm.tirx import PrimFunc
 
 from relax_llm.errors import KernelError
 from relax_llm.formats import FORMATS
+from relax_llm.formats.activations import ROUNDINGS
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.elements import element
 from relax_llm.kernels.layout import Plain
@@ -54,10 +55,9 @@ class Matmul(Problem):
             raise KernelError(
                 f"The weight format {self.weight_format!r} is not known; known: {', '.join(FORMATS)}."
             )
-        if self.activations not in (None, "int7", "int8", "int16", "bf16"):
-            raise KernelError(
-                f"Activations are None, 'int7', 'int8', 'int16' or 'bf16', not {self.activations!r}."
-            )
+        if self.activations not in (None, "bf16", *ROUNDINGS):
+            known = ", ".join(map(repr, ROUNDINGS))
+            raise KernelError(f"Activations are None, {known} or 'bf16', not {self.activations!r}.")
         if self.gated and self.n % 2:
             raise KernelError(f"A gated product needs an even number of rows of its weight, not {self.n}.")
         if self.activation is not None and self.activation not in IN_NUMPY:

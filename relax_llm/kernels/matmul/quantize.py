@@ -8,56 +8,24 @@ at zero.
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from tvm import ir
 from tvm.tirx.script.builder import ir as T
 
 from relax_llm.formats import Blocks
+from relax_llm.formats.activations import GROUP, Rounding
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.codes import biased, inverse_of, inverse_power, magnitude, power_of, rounded
 from relax_llm.kernels.inner import inner, memory, number, pointer
 from relax_llm.kernels.machine import LANES, Machine
 
-GROUP = 32
 QUADS = GROUP // 4
 """Words of four codes in a group."""
 
 BESIDE = 2
 """f32 beside the codes of a group: the scale, and what the sum of the codes is good for (see `quantize`)."""
 
-
-@dataclass(frozen=True)
-class Rounding:
-    """What activations are rounded to.
-
-    Attributes:
-        name: As a problem says that it allows it.
-        planes: Bytes of a code.
-        powers: Whether scales are powers of two. A product saves a multiplication for each group and result then.
-    """
-
-    name: str
-    planes: int
-    powers: bool = False
-
-    @property
-    def most(self) -> int:
-        """The largest code."""
-        return 127 << 8 * (self.planes - 1)
-
-    @property
-    def least(self) -> float:
-        """Of how many steps the largest magnitude of a group is, at least."""
-        return self.most / 2 if self.powers else self.most
-
-
-ROUNDINGS = {
-    rounding.name: rounding
-    for rounding in (Rounding("int7", 1, powers=True), Rounding("int8", 1), Rounding("int16", 2))
-}
-"""By what a problem allows, the coarsest first: who allows one allows those behind it, too."""
 
 _FAR = 1 << 20
 

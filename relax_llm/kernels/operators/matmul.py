@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from relax_llm.formats import FORMATS, Blocks, Format
+from relax_llm.formats.activations import GROUP, ROUNDINGS
 from relax_llm.formats.blocks import Parts
 from relax_llm.kernels.layout import Layout, Plain
 from relax_llm.kernels.matmul.problem import Matmul, arguments, definition, reference
-from relax_llm.kernels.matmul.quantize import GROUP, ROUNDINGS
 from relax_llm.kernels.operators.operator import (
     UNIT,
     Array,
@@ -238,6 +238,7 @@ MATMUL = Operator(
         Matmul(40, 70, "q8", activations="int8"),
         Matmul(38, 65, "q4", activation="silu", gated=True, activations="int7"),
         Matmul(33, 40, "q4s", residual=True, activations="int7"),
+        Matmul(33, 40, "q4s", bias=True, activations="int8"),
         Matmul(33, 40, "q6", bias=True, activations="int16"),
     ),
     benchmarks=(
