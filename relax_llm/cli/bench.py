@@ -13,6 +13,7 @@ from relax_llm.progress import Bars
 
 if TYPE_CHECKING:
     from relax_llm.runtime.speed import Speeds
+    from relax_llm.table import Table
 
 _RUN, _OUTPUT = "Run", "Output"
 
@@ -31,6 +32,15 @@ def bench(
     rounds: Annotated[
         int, typer.Option("--rounds", metavar="N", help="How often.", rich_help_panel=_RUN)
     ] = 5,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--beside",
+            metavar="MODEL",
+            help="Another artifact or checkpoint, which takes turns with the model; may be repeated.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     limits: o.Limits = None,
     weights: o.Weights = None,
     kv_cache: o.KVCache = None,
@@ -43,25 +53,32 @@ def bench(
 ) -> None:
     """Measure prompts of some lengths and the tokens decoded behind them, and how near they are to the limit.
 
-    To compare with other engines, in the same minutes, run `python -m benchmarks.llm` in a checkout.
+    With --beside, models take turns, and the last table has the ratios within rounds: what a kernel of yours, a plan
+    or a weight format is worth. To compare with other engines, in the same minutes, run `python -m benchmarks.llm` in a
+    checkout.
     """
-    from relax_llm.runtime.speed import measure
+    from relax_llm.runtime.speed import in_turns
 
     check_threads(threads)
     wanted = _lengths(lengths)
     given = o.limits_given(limits)
-    named = named_or_default(model)
-    artifact = open_artifact(
-        named, weights=weights, kv_cache=kv_cache, architecture=architecture, kernels=kernels, target=target
+    names = [named_or_default(model), *(beside or [])]
+    first = open_artifact(
+        names[0],
+        weights=weights,
+        kv_cache=kv_cache,
+        architecture=architecture,
+        kernels=kernels,
+        target=target,
     )
-    runner = start_runner(artifact, threads)
+    runners = [start_runner(artifact, threads) for artifact in (first, *map(open_artifact, names[1:]))]
     if limits == o.ANEW:
-        runner.limits(anew=True)
-    found = measure(runner, wanted, decodes=decodes, rounds=rounds, limits=given, progress=Bars())
+        runners[0].limits(anew=True)
+    found = in_turns(runners, wanted, decodes=decodes, rounds=rounds, limits=given, progress=Bars())
     if json:
-        screen.json_document(_data(named, found))
+        screen.json_document(_data(names, found))
     else:
-        _show(found)
+        _show(names, found)
 
 
 def _lengths(text: str) -> list[int]:
@@ -76,14 +93,30 @@ def _lengths(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, words)))
 
 
-def _show(found: "Speeds") -> None:
+def _show(names: list[str], found: list["Speeds"]) -> None:
     from rich.text import Text
 
-    screen.console(sys.stdout).print(Text(found.headline))
-    screen.write("\n")
-    table = found.table()
+    def caption(text: str) -> None:
+        screen.write("\n")
+        if len(names) > 1:
+            screen.write(f"{text}\n")
+
+    screen.console(sys.stdout).print(Text(found[0].headline))
+    for name, speeds in zip(names, found, strict=True):
+        caption(name)
+        _table(speeds.table())
+    for name, speeds in zip(names[1:], found[1:], strict=True):
+        caption(f"{name}, times as fast as {names[0]}, the median of the rounds")
+        _table(speeds.beside(found[0]))
+
+
+def _table(table: "Table") -> None:
     tables.table(table.header, table.rows, numbers=table.numbers)
 
 
-def _data(model: str, found: "Speeds") -> dict[str, Any]:
-    return {"model": model, "limits": vars(found.limits), "lengths": [asdict(speed) for speed in found]}
+def _data(names: list[str], found: list["Speeds"]) -> dict[str, Any]:
+    first, *others = [
+        {"model": name, "lengths": [asdict(speed) for speed in speeds]}
+        for name, speeds in zip(names, found, strict=True)
+    ]
+    return {**first, "limits": vars(found[0].limits), "beside": others}

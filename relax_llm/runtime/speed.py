@@ -1,7 +1,7 @@
 """How fast a model is: prompts of some lengths, and tokens decoded behind them, beside what the machine can do."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 LENGTHS = (16, 64, 256, 1024)
 DECODES = 16
+
+Times = tuple[list[float], list[float]]
+"""Seconds of prompts, and of a token behind them, in each round."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,19 @@ class Speeds(tuple[Speed, ...]):
         header = ("prompt", "ms", "tokens/s", "of limit", "decode ms", "tokens/s", "of limit")
         return Table(header, rows, frozenset(range(len(header))))
 
+    def beside(self, first: "Speeds") -> Table:
+        """How many times as fast this is as a model that it took turns with: medians of the ratios within rounds."""
+
+        def times(those: Sequence[float], these: Sequence[float]) -> str:
+            ratios = [one / other for one, other in zip(those, these, strict=True)]
+            return f"{median(ratios):.3f}x" if ratios else ""
+
+        rows = [
+            (str(speed.length), times(other.prefill, speed.prefill), times(other.decode, speed.decode))
+            for other, speed in zip(first, self, strict=True)
+        ]
+        return Table(("prompt", "prefill", "decode"), rows, frozenset(range(3)))
+
     def __str__(self) -> str:
         return f"{self.headline}\n\n{self.table()}"
 
@@ -133,22 +149,53 @@ def measure(
         InputError: A number is below 1 (`decodes`: below 0), or there is no length.
         ContextLengthError: A length and the tokens behind it do not fit into the context.
     """
+    (found,) = in_turns([runner], lengths, decodes=decodes, rounds=rounds, limits=limits, progress=progress)
+    return found
+
+
+def in_turns(
+    runners: Sequence["Runner"],
+    lengths: Sequence[int] = LENGTHS,
+    *,
+    decodes: int = DECODES,
+    rounds: int = 5,
+    limits: Limits | None = None,
+    progress: Progress | None = None,
+) -> list[Speeds]:
+    """As `measure`, for several models, all of which answer a prompt before the next one, in another order each round.
+
+    Args and errors are those of `measure`; limits are by default those of the first runner.
+
+    Returns:
+        The speeds of each model. What `Speeds.beside` makes of two of them is to be trusted, where a ratio of medians
+        that were measured one after the other is mostly that of the machine's moods.
+    """
     if not lengths or min(lengths) < 1 or rounds < 1 or decodes < 0:
         raise InputError(
             "Lengths and rounds must be 1 or above, and the tokens decoded behind them 0 or above."
         )
-    require_room(runner, max(lengths), decodes)
-    chosen = runner.limits() if limits is None else limits
-    random = np.random.default_rng(0)
-    taken: dict[int, tuple[list[float], list[float]]] = {length: ([], []) for length in lengths}
-    with (progress or Silent()).task("Measuring", (rounds + 1) * len(taken)) as advance:
+    for runner in runners:
+        require_room(runner, max(lengths), decodes)
+    chosen = runners[0].limits() if limits is None else limits
+    random, vocabulary = np.random.default_rng(0), min(runner.vocab_size for runner in runners)
+    taken: list[dict[int, Times]] = [{length: ([], []) for length in lengths} for _ in runners]
+    with (progress or Silent()).task("Measuring", (rounds + 1) * len(lengths) * len(runners)) as advance:
         for number in range(rounds + 1):
-            for length, (prefill, decode) in taken.items():
-                first, rest = _answer(runner, random.integers(0, runner.vocab_size, length).tolist(), decodes)
-                if number:
-                    prefill.append(first)
-                    decode += [rest / decodes] if decodes else []
-                advance(1)
+            for length in taken[0]:
+                ids = random.integers(0, vocabulary, length).tolist()
+                for turn in range(len(runners)):
+                    who = (turn + number) % len(runners)
+                    first, rest = _answer(runners[who], ids, decodes)
+                    if number:
+                        prefill, decode = taken[who][length]
+                        prefill.append(first)
+                        decode += [rest / decodes] if decodes else []
+                    advance(1)
+    return [_speeds(runner, times, decodes, chosen) for runner, times in zip(runners, taken, strict=True)]
+
+
+def _speeds(runner: "Runner", taken: Mapping[int, Times], decodes: int, limits: Limits) -> Speeds:
+    """What was measured of a model, beside the least that it could take."""
     manifest = runner.artifact.manifest
     found = []
     for length, (prefill, decode) in taken.items():
@@ -159,11 +206,11 @@ def measure(
                 length,
                 tuple(prefill),
                 tuple(decode),
-                least_seconds(manifest, manifest.greedy_function(length), prompt, chosen),
-                least_seconds(manifest, manifest.greedy_function(1), token, chosen),
+                least_seconds(manifest, manifest.greedy_function(length), prompt, limits),
+                least_seconds(manifest, manifest.greedy_function(1), token, limits),
             )
         )
-    return Speeds.of(found, chosen)
+    return Speeds.of(found, limits)
 
 
 def _answer(runner: "Runner", token_ids: list[int], decodes: int) -> tuple[float, float]:

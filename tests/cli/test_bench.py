@@ -50,6 +50,31 @@ def test_as_json(call: Callable[..., Outcome], artifact: Path) -> None:
     assert row["least_prefill"] == least_seconds(manifest, "prefill", sizes, Limits(100e9, 10e9))
 
 
+def test_models_take_turns(call: Callable[..., Outcome], artifact: Path) -> None:
+    options = ("--beside", artifact, "--lengths", "3,5", "-n", 1, "--rounds", 3, *GIVEN)
+    done = call("bench", artifact, *options)
+    assert done.code == 0
+    headline, first, second, ratios = done.out.strip().split("\n\n")
+    assert headline.startswith("Medians of 3 rounds")
+    for text in (first, second):
+        assert text.splitlines()[0] == str(artifact)
+        assert [line.split()[0] for line in text.splitlines()[2:]] == ["3", "5"]
+    said, header, *rows = ratios.splitlines()
+    assert said == f"{artifact}, times as fast as {artifact}, the median of the rounds"
+    assert header.split() == ["prompt", "prefill", "decode"]
+    found = call("bench", artifact, *options, "--json").json
+    (other,) = found["beside"]
+    assert [row["length"] for row in other["lengths"]] == [3, 5]
+    assert all(re.fullmatch(r"\s*[35]( +\d+\.\d{3}x){2}", row) for row in rows)
+
+
+def test_ratios_are_those_within_rounds() -> None:
+    limits = Limits(1e9, 1e9)
+    one = speed.Speeds.of([speed.Speed(4, (1.0, 2.0, 9.0), (), 0.0, 0.0)], limits)
+    other = speed.Speeds.of([speed.Speed(4, (0.5, 4.0, 3.0), (), 0.0, 0.0)], limits)
+    assert other.beside(one).rows == [("4", "2.000x", "")]
+
+
 def test_in_python(artifact: Path) -> None:
     runner = rl.Runner(rl.load(artifact))
     found = speed.measure(runner, [2], decodes=3, rounds=1, limits=Limits(1e9, 1e9))
