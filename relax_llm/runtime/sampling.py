@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -66,7 +67,6 @@ class Sampler:
         self.options = options
         self.vocab_size = vocab_size
         self._chosen = 0
-        self._random = np.random.default_rng(options.seed)
         self._refuse_outside(options.logit_bias.keys(), "logit_bias names")
         self._refuse_outside(prompt_ids, "the prompt contains")
         self._bias_ids = np.array([*options.logit_bias], np.int64)
@@ -224,6 +224,11 @@ class Sampler:
             likeliest = likeliest[np.argsort(-logits[likeliest], kind="stable")][:count]
             top = tuple(TokenLogprob(int(i), float(shifted[i]) - total) for i in likeliest)
         return Choice(token_id, float(shifted[token_id]) - total, top)
+
+    @cached_property
+    def _random(self) -> np.random.Generator:
+        """Made when it is first needed: a seed of the system's takes as long as ten kernels."""
+        return np.random.default_rng(self.options.seed)
 
     def _refuse_outside(self, ids: Collection[int], who: str) -> None:
         for token_id in (min(ids), max(ids)) if ids else ():

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -172,19 +174,27 @@ class State:
         self._length = self._written = end
 
     def _grow(self, capacity: int) -> None:
-        tiles, used = capacity // TILE, -(-self._length // TILE)
-        kinds = [
-            (tensor.shape, dtype_of(tensor.dtype))
-            for layer in self._layers
-            for tensor in cache_tensors(layer.format, self.batch, layer.kv_heads, tiles, layer.head_dim)
-        ]
-        ends = np.cumsum([0, *(math.prod(shape) * kind.itemsize for shape, kind in kinds)])
-        memory = self._pages.take(int(ends[-1]))  # of all layers, for large pages
-        arrays = [
-            memory[start:end].view(kind).reshape(shape)
-            for start, end, (shape, kind) in zip(ends[:-1], ends[1:], kinds, strict=True)
-        ]
+        used = -(-self._length // TILE)
+        places = _places(self._layers, self.batch, capacity // TILE)
+        memory = self._pages.take(places[-1][1] if places else 0)  # of all layers, for large pages
+        arrays = [memory[start:end].view(kind).reshape(shape) for start, end, kind, shape in places]
         for grown, old in zip(arrays, self._arrays, strict=False):
             grown[:, :, :used] = old[:, :, :used]
         self._arrays, self._capacity = arrays, capacity
         self._argument = vm.pack([vm.tensor(array) for array in arrays])
+
+
+@lru_cache(maxsize=16)  # states of one model after the other have the same
+def _places(
+    layers: tuple[Cache, ...], batch: int, tiles: int
+) -> tuple[tuple[int, int, np.dtype[Any], tuple[int, ...]], ...]:
+    """Where the caches of all layers lie in one block of memory: (first byte, end, type, shape) of each tensor."""
+    kinds = [
+        (dtype_of(tensor.dtype), tensor.shape)
+        for layer in layers
+        for tensor in cache_tensors(layer.format, batch, layer.kv_heads, tiles, layer.head_dim)
+    ]
+    ends = accumulate((math.prod(shape) * kind.itemsize for kind, shape in kinds), initial=0)
+    return tuple(
+        (start, end, kind, shape) for (start, end), (kind, shape) in zip(pairwise(ends), kinds, strict=True)
+    )

@@ -7,7 +7,6 @@ takes one piece at a time and gives what can no longer change, so a push costs w
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +16,7 @@ from relax_llm.errors import TokenizerError
 from relax_llm.text.bytelevel import byte_alphabet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from relax_llm.text.tokenizer import Tokenizer
 
@@ -43,7 +42,7 @@ class Detokenizer:
         """
         self._id_to_token = tokenizer.id_to_token
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._description = _describe(tokenizer)
+        self._description = tokenizer.decoding_steps
         self._steps = _build(self._description)
 
     def push(self, token_id: int) -> str:
@@ -185,23 +184,7 @@ class _Join:
         return []
 
 
-def _describe(tokenizer: Tokenizer) -> list[Mapping[str, Any]]:
-    """The decoder's steps as ``tokenizer.json`` has them, sequences flattened."""
-    decoder = tokenizer.backend.decoder
-    if decoder is None:
-        return []
-
-    def flatten(step: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        return (
-            [s for inner in step["decoders"] for s in flatten(inner)]
-            if step["type"] == "Sequence"
-            else [step]
-        )
-
-    return flatten(json.loads(decoder.__getstate__()))
-
-
-def _build(description: list[Mapping[str, Any]]) -> list[_Step]:
+def _build(description: Sequence[Mapping[str, Any]]) -> list[_Step]:
     if not description:
         return [_Join()]
     steps: list[_Step] = []

@@ -23,7 +23,8 @@ from relax_llm.text.directory import (
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
+    from typing import Any
 
     import tokenizers
 
@@ -184,6 +185,12 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @cached_property
+    def decoding_steps(self) -> Sequence[Mapping[str, Any]]:
+        """The decoder's steps as ``tokenizer.json`` has them, sequences flattened; none where it has no decoder."""
+        decoder = self.backend.decoder
+        return [] if decoder is None else _flattened(json.loads(decoder.__getstate__()))
+
+    @cached_property
     def special_ids(self) -> frozenset[int]:
         """The ids that ``skip_special_tokens`` leaves out."""
         return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
@@ -216,3 +223,9 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The template for plain chat, or None where the model has none."""
         return self.chat_templates.get("default")
+
+
+def _flattened(step: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    if step["type"] != "Sequence":
+        return [step]
+    return [inner for part in step["decoders"] for inner in _flattened(part)]
