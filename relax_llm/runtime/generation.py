@@ -216,8 +216,7 @@ class _AnswerText:
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._owed = ""
         if tokenizer is not None and self._detokenizer is not None:
-            given = sum(len(self._detokenizer.push(token_id)) for token_id in prompt)
-            self._owed = tokenizer.decode(prompt)[given:]
+            self._owed = tokenizer.decode(prompt)[len(self._detokenizer.read(prompt)) :]
 
     @property
     def stopped(self) -> bool:

@@ -16,7 +16,7 @@ from relax_llm.errors import TokenizerError
 from relax_llm.text.bytelevel import byte_alphabet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from relax_llm.text.tokenizer import Tokenizer
 
@@ -54,8 +54,12 @@ class Detokenizer:
         Returns:
             The text that is now certain, often empty.
         """
-        token = None if token_id in self._skipped else self._id_to_token(token_id)
-        return "" if token is None else "".join(_run(self._steps, [token]))
+        return self.read((token_id,))
+
+    def read(self, token_ids: Iterable[int]) -> str:
+        """Takes the next tokens at once; gives what `push` would give for one after the other."""
+        found = (self._id_to_token(token_id) for token_id in token_ids if token_id not in self._skipped)
+        return "".join(_run(self._steps, [token for token in found if token is not None]))
 
     def flush(self) -> str:
         """Ends the stream.

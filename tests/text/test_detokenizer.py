@@ -43,6 +43,10 @@ def test_random_ids_add_up(
     ids = data.draw(st.lists(st.one_of(rare, st.integers(0, tokenizer.vocab_size + 3)), max_size=40))
     skip = data.draw(st.booleans())
     assert "".join(stream(tokenizer, ids, skip=skip)) == tokenizer.decode(ids, skip_special_tokens=skip)
+    at = data.draw(st.integers(0, len(ids)))
+    pushed, read = (Detokenizer(tokenizer, skip_special_tokens=skip) for _ in range(2))
+    assert read.read(ids[:at]) == "".join(map(pushed.push, ids[:at]))
+    assert read.read(ids[at:]) + read.flush() == "".join(map(pushed.push, ids[at:])) + pushed.flush()
 
 
 def test_text_comes_back_in_whole_characters(tokenizer: relax_llm.text.Tokenizer) -> None:
