@@ -4,7 +4,8 @@ python -m benchmarks.llm [--weights f32 bf16 q8 q4] [--rounds 5] [--engines rela
 
 The model is SmolLM2-135M, from the GGUF file of its package, or with `--shape 1b` one of 1.1 billion random weights.
 Everybody takes turns: in each round the machine's limits are measured, then every prompt is answered by every engine,
-each in a process of its own, so that what else the machine is doing meets all of them alike. What is shown is the
+each in a process of its own, so that what else the machine is doing meets all of them alike. The order is another
+one each time, for threads of some engines spin on for a while, and slow down whoever comes next. What is shown is the
 median over the rounds, and of ratios the median of those within a round.
 
 `pp` is the time to the first token of a prompt of so many tokens, `tg` that of each further token behind so many; both
@@ -109,6 +110,7 @@ class Table:
     def __init__(self, cases: Sequence[Case], patience: float, missing: dict[str, str]) -> None:
         self._cases, self._patience, self._missing = cases, patience, missing
         self._workers: list[Worker] = []
+        self._order = np.random.default_rng(0)
         self._slow: dict[str, float] = {}  # seconds for a token of a prompt, as it was last
         self.figures: dict[str, Figures] = {}
 
@@ -131,8 +133,8 @@ class Table:
         length = len(token_ids)
         cases = [case for case in self._cases if case.length == length]
         decodes = any(case.function == "decode" for case in cases)
-        self._workers = self._workers[1:] + self._workers[:1]  # nobody is always behind the same one
-        for worker in list(self._workers):
+        workers = list(self._workers)
+        for worker in map(workers.__getitem__, self._order.permutation(len(workers))):
             name = worker.seat.name
             rates = self.figures[name].rates
             answer = None
