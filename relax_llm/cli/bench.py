@@ -13,7 +13,6 @@ from relax_llm.progress import Bars
 
 if TYPE_CHECKING:
     from relax_llm.runtime.speed import Speeds
-    from relax_llm.table import Table
 
 _RUN, _OUTPUT = "Run", "Output"
 
@@ -104,14 +103,10 @@ def _show(names: list[str], found: list["Speeds"]) -> None:
     screen.console(sys.stdout).print(Text(found[0].headline))
     for name, speeds in zip(names, found, strict=True):
         caption(name)
-        _table(speeds.table())
+        tables.show(speeds.table())
     for name, speeds in zip(names[1:], found[1:], strict=True):
         caption(f"{name}, times as fast as {names[0]}, the median of the rounds")
-        _table(speeds.beside(found[0]))
-
-
-def _table(table: "Table") -> None:
-    tables.table(table.header, table.rows, numbers=table.numbers)
+        tables.show(speeds.beside(found[0]))
 
 
 def _data(names: list[str], found: list["Speeds"]) -> dict[str, Any]:

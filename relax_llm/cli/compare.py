@@ -136,9 +136,9 @@ def _show(found: "Comparison", *, sites: bool) -> None:
     if sites:
         tables.table(HEADER, list(found.rows()), numbers=(4, 5, 6, 7, 8, 9))
     else:
-        tables.table(kinds.header, kinds.rows, numbers=kinds.numbers, title=1)
+        tables.show(kinds, title=1)
     screen.write("\n")
-    tables.table(logits.header, logits.rows, numbers=logits.numbers)
+    tables.show(logits)
     screen.write("\n")
     for sentence in found.conclusions():
         screen.write(f"{sentence}\n")

@@ -133,8 +133,7 @@ def show(report: Report) -> None:
 
 
 def _show_kernels(manifest: Manifest) -> None:
-    kernels = kernel_uses(manifest).table
-    tables.table(kernels.header, kernels.rows, numbers=kernels.numbers, title=2)
+    tables.show(kernel_uses(manifest).table, title=2)
 
 
 def _show_costs(report: Report) -> None:

@@ -10,6 +10,8 @@ from relax_llm.cli.screen import console, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from relax_llm.table import Table
+
 Row = Sequence[str]
 
 
@@ -43,6 +45,11 @@ def table(header: Row, rows: Iterable[Row], *, numbers: Iterable[int] = (), titl
         _print_blocks(out, header, lines, frozenset(numbers), title)
     else:
         _print_folded(out, header, lines, frozenset(numbers))
+
+
+def show(found: "Table", *, title: int = 0) -> None:
+    """Print a table that somebody made; `title` as in `table`."""
+    table(found.header, found.rows, numbers=found.numbers, title=title)
 
 
 def _print_lines(out: "Console", lines: Sequence[Row], widths: Sequence[int], right: frozenset[int]) -> None:

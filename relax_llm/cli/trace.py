@@ -14,7 +14,6 @@ from relax_llm.runtime.room import require_room
 
 if TYPE_CHECKING:
     from relax_llm.runtime.runner import Runner
-    from relax_llm.table import Table
     from relax_llm.tracing.limits import Limits
     from relax_llm.tracing.trace import Trace
 
@@ -116,16 +115,12 @@ def _show(traced: "Trace", *, sites: bool) -> None:
     screen.console(sys.stdout).print(Text(headline(traced)))
     for table in summary(traced, every_site=sites):
         screen.write("\n")
-        _print(table)
+        tables.show(table)
     if any(total.limit > 1.1 for total in traced.by("kernel")):
         screen.note(
             "More than 100% of the limit: the data came from a cache, or the machine was busy when its limits were "
             "measured; --limits anew measures again."
         )
-
-
-def _print(table: "Table") -> None:
-    tables.table(table.header, table.rows, numbers=table.numbers)
 
 
 def _data(model: str, token_ids: "list[int]", traced: "Trace") -> dict[str, Any]:
