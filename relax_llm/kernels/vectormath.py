@@ -11,6 +11,9 @@ from tvm.tirx.script.builder import ir as T
 
 from relax_llm.kernels.builder import Expr
 
+_LN2_FIRST, _LN2_REST = 0.693359375, -2.12194440e-4
+"""ln 2 in two parts (Cody and Waite): products of the first with small integers are exact."""
+
 
 def _lanes(x: Expr) -> int:
     return int(x.ty.dtype.lanes)
@@ -35,7 +38,7 @@ def exp(x: Expr) -> Expr:
     # The constants come first: a comparison with NaN is false, and then min and max give their second operand.
     x = T.Bind(T.max(c(-87.3365478515625), T.min(c(88.3762626647949), x)))
     n = T.Bind(T.floor(x * c(math.log2(math.e)) + c(0.5)))
-    r = T.Bind(x - n * c(0.693359375) - n * c(-2.12194440e-4))
+    r = T.Bind(x - n * c(_LN2_FIRST) - n * c(_LN2_REST))
     p = c(1.9875691500e-4)
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         p = p * r + c(coefficient)
@@ -47,12 +50,13 @@ def exp(x: Expr) -> Expr:
     return p * scale
 
 
-def exp_nonpositive(x: Expr) -> Expr:
+def exp_nonpositive(x: Expr, *, steady: bool = False) -> Expr:
     """e**x for x <= 0, for the weights of a softmax: exactly 1 at 0, and 0 below -87.7.
 
-    Half the work of `exp`: within 3 + |x| / 30 ULP where multiply-adds are fused, else within 3 + |x|. Adding
-    1.5 * 2**23 rounds to an integer and leaves it in the lowest bits. The polynomial, for |r| <= ln(2)/2, is within
-    0.8 ULP of e**r (minimax, 1 at 0); its last step multiplies by 2**n, which is 0 for n = -127.
+    Half the work of `exp`: within 3 + |x| / 30 ULP where multiply-adds are fused, else within 3 + |x|; one step more
+    makes that 3 ULP for all x, where it is `steady`. Adding 1.5 * 2**23 rounds to an integer and leaves it in the
+    lowest bits. The polynomial, for |r| <= ln(2)/2, is within 0.8 ULP of e**r (minimax, 1 at 0); its last step
+    multiplies by 2**n, which is 0 for n = -127.
     """
     lanes = _lanes(x)
     c = lambda value: _const(x, value)  # noqa: E731
@@ -62,7 +66,7 @@ def exp_nonpositive(x: Expr) -> Expr:
     # As bits in between: TVM would simplify a sum less one of its terms to the other, which is not rounded.
     bits = T.Bind(T.reinterpret(_typed("int32", lanes), x * c(math.log2(math.e)) + rounder))
     n = T.Bind(as_float(bits) - rounder)
-    r = T.Bind(x - n * c(math.log(2.0)))
+    r = T.Bind(x - n * c(_LN2_FIRST) - n * c(_LN2_REST) if steady else x - n * c(math.log(2.0)))
     shift = T.int32(23) if lanes == 1 else T.broadcast(T.int32(23), lanes)
     scale = as_float(T.shift_left(bits, shift))
     p = c(8.289569988846779e-3)
@@ -72,13 +76,23 @@ def exp_nonpositive(x: Expr) -> Expr:
 
 
 def sigmoid(x: Expr) -> Expr:
-    """1 / (1 + e**-x) within 4 ULP for x >= -87.33; 4e-39 far below."""
-    return _const(x, 1.0) / (_const(x, 1.0) + exp(_const(x, 0.0) - x))
+    """1 / (1 + e**-x) within 4 ULP for x >= -87.33; below, between that and 0."""
+    return times_sigmoid(_const(x, 1.0), x)
+
+
+def times_sigmoid(value: Expr, x: Expr) -> Expr:
+    """The product of a value and the sigmoid of x, with one division: value * (1 or e**x) / (1 + e**-|x|)."""
+    lanes = _lanes(x)
+    bits = T.reinterpret(_typed("int32", lanes), x)
+    sign = T.int32(-(2**31)) if lanes == 1 else T.broadcast(T.int32(-(2**31)), lanes)
+    decay = T.Bind(exp_nonpositive(T.Bind(T.reinterpret(_typed("float32", lanes), bits | sign)), steady=True))
+    one = _const(x, 1.0)
+    return T.Select(x < _const(x, 0.0), value * decay, value) / (one + decay)
 
 
 def silu(x: Expr) -> Expr:
-    """x * sigmoid(x) within 4 ULP for x >= -87.33, and within 5e-39 * |x| below."""
-    return x * sigmoid(x)
+    """x * sigmoid(x) within 4 ULP for x >= -87.33, and within 1.2e-38 * |x| below."""
+    return times_sigmoid(x, x)
 
 
 def gelu_tanh(x: Expr) -> Expr:
@@ -87,7 +101,7 @@ def gelu_tanh(x: Expr) -> Expr:
     Within 2e-7 * max(1, |x|) absolutely.
     """
     inner = T.Bind(_const(x, 2.0 * math.sqrt(2.0 / math.pi)) * (x + _const(x, 0.044715) * x * x * x))
-    return x * sigmoid(inner)
+    return times_sigmoid(x, inner)
 
 
 def erf(x: Expr) -> Expr:
