@@ -71,8 +71,6 @@ def bench(
         target=target,
     )
     runners = [start_runner(artifact, threads) for artifact in (first, *map(open_artifact, names[1:]))]
-    if limits == o.ANEW:
-        runners[0].limits(anew=True)
     found = in_turns(runners, wanted, decodes=decodes, rounds=rounds, limits=given, progress=Bars())
     if json:
         screen.json_document(_data(names, found))

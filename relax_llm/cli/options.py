@@ -204,7 +204,8 @@ Limits = Annotated[
     typer.Option(
         "--limits",
         metavar="GFLOPS,GBS",
-        help=f'What this machine can do, in GFLOP/s and GB/s; "{ANEW}" measures again. By default measured once.',
+        help=f'What this machine can do, in GFLOP/s and GB/s; "{ANEW}" measures again. By default what was measured '
+        "last; bench measures in every round.",
         rich_help_panel=_OUTPUT,
     ),
 ]

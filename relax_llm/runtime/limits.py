@@ -30,12 +30,12 @@ _REPEATS = 5
 
 
 def limits(machine: vm.VirtualMachine, manifest: Manifest, *, anew: bool = False) -> Limits:
-    """What was measured on this machine before, or else what is measured now; that takes about half a second.
+    """What was measured on this machine last, or else what is measured now; that takes about half a second.
 
     Args:
         machine: That of a library, with the loops.
         manifest: The library's: what it may use of the processor decides what it can do at most.
-        anew: Measure again; what is better counts.
+        anew: Measure again: a virtual machine may have got other cores, or more or less of memory's speed.
 
     Raises:
         ArtifactError: The library has no such loops; it was compiled by another version.
@@ -47,8 +47,6 @@ def limits(machine: vm.VirtualMachine, manifest: Manifest, *, anew: bool = False
     if not anew and key in known:
         return known[key]
     found = measure(machine, threads)
-    if key in known:  # the better of the two: what else ran takes away, and never adds
-        found = found.better(known[key])
     known[key] = found
     with suppress(OSError):  # it is measured again next time
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -351,7 +351,7 @@ class Runner:
         Measured once, for about half a second, with the code and the threads that kernels have, and kept in the cache.
 
         Args:
-            anew: Measure again; what was measured while others used the machine is too low.
+            anew: Measure again, for what a machine can do changes with what else it does.
         """
         with self._running:
             return machine_limits(self._machine, self.artifact.manifest, anew=anew)

@@ -142,7 +142,7 @@ def measure(
         lengths: Tokens of the prompts.
         decodes: Tokens decoded behind each; their mean is what counts.
         rounds: How often.
-        limits: What the machine can do; by default `runner.limits()`.
+        limits: What the machine can do; by default that is measured in every round.
         progress: Where to report to.
 
     Raises:
@@ -164,7 +164,7 @@ def in_turns(
 ) -> list[Speeds]:
     """As `measure`, for several models, all of which answer a prompt before the next one, in another order each round.
 
-    Args and errors are those of `measure`; limits are by default those of the first runner.
+    Args and errors are those of `measure`.
 
     Returns:
         The speeds of each model. What `Speeds.beside` makes of two of them is to be trusted, where a ratio of medians
@@ -176,11 +176,13 @@ def in_turns(
         )
     for runner in runners:
         require_room(runner, max(lengths), decodes)
-    chosen = runners[0].limits() if limits is None else limits
+    possible = [] if limits is None else [limits]
     random, vocabulary = np.random.default_rng(0), min(runner.vocab_size for runner in runners)
     taken: list[dict[int, Times]] = [{length: ([], []) for length in lengths} for _ in runners]
     with (progress or Silent()).task("Measuring", (rounds + 1) * len(lengths) * len(runners)) as advance:
         for number in range(rounds + 1):
+            if number and limits is None:
+                possible.append(runners[0].limits(anew=True))
             for length in taken[0]:
                 ids = random.integers(0, vocabulary, length).tolist()
                 for turn in range(len(runners)):
@@ -191,7 +193,8 @@ def in_turns(
                         prefill.append(first)
                         decode += [rest / decodes] if decodes else []
                     advance(1)
-    return [_speeds(runner, times, decodes, chosen) for runner, times in zip(runners, taken, strict=True)]
+    middle = Limits.middle(possible)
+    return [_speeds(runner, times, decodes, middle) for runner, times in zip(runners, taken, strict=True)]
 
 
 def _speeds(runner: "Runner", taken: Mapping[int, Times], decodes: int, limits: Limits) -> Speeds:

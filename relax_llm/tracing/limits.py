@@ -1,7 +1,8 @@
 """The most that a machine can do, to compare launches with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from statistics import median
 from typing import Any
 
 from relax_llm.errors import InputError
@@ -40,9 +41,10 @@ class Limits:
         """The least time for some arithmetic and some bytes: both go on at once."""
         return max(flops / self.rate(products), moved / self.bytes)
 
-    def better(self, other: "Limits") -> "Limits":
-        """The larger of each."""
-        return Limits(*map(max, vars(self).values(), vars(other).values()))
+    @staticmethod
+    def middle(found: Sequence["Limits"]) -> "Limits":
+        """The median of each."""
+        return Limits(*(median(getattr(one, field.name) for one in found) for field in fields(Limits)))
 
     def __str__(self) -> str:
         more = "".join(

@@ -10,6 +10,7 @@ import pytest
 import relax_llm as rl
 from relax_llm.errors import InputError
 from relax_llm.runtime import limits
+from relax_llm.runtime.speed import measure
 from relax_llm.tracing.limits import Limits, parse
 
 from ..machines import PLAINER
@@ -65,15 +66,24 @@ def test_remembered(llama: rl.Runner, file: Path, measuring: Callable[[Limits | 
     assert trace.limits == Limits(2e11, 3e10)
 
 
-def test_the_better_of_two_counts(
+def test_the_last_one_counts(
     llama: rl.Runner, file: Path, measuring: Callable[[Limits | None], None]
 ) -> None:
     measuring(Limits(2e11, 3e10))
     llama.limits()
-    measuring(Limits(3e11, 1e10))  # another program read memory meanwhile
-    assert llama.limits(anew=True) == Limits(3e11, 3e10)
+    measuring(Limits(3e11, 1e10))
+    assert llama.limits(anew=True) == Limits(3e11, 1e10)
     measuring(None)
-    assert llama.limits() == Limits(3e11, 3e10)
+    assert llama.limits() == Limits(3e11, 1e10)
+
+
+def test_speeds_are_compared_with_the_limits_of_their_rounds(
+    llama: rl.Runner, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = iter([Limits(1e11, 5e10), Limits(3e11, 1e10), Limits(2e11, 2e10)])
+    monkeypatch.setattr(limits, "measure", lambda *_: next(rounds))
+    assert measure(llama, [2], decodes=0, rounds=3).limits == Limits(2e11, 2e10)
+    assert next(rounds, None) is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"x": 1}', '{"x": {"flops": 1}}', "\x00"])
@@ -106,7 +116,6 @@ def test_products_have_limits_of_their_own() -> None:
     both = Limits(1e9, 1e9, bf16=2e9, int8=4e9)
     assert [both.seconds(8e9, 1e9, products) for products in ("f32", "bf16", "int8")] == [8, 4, 2]
     assert Limits(1e9, 1e9).seconds(8e9, 1e9, "int8") == 8, "without an instruction, what f32 can do"
-    assert both.better(Limits(2e9, 5e8, int8=1e9)) == Limits(2e9, 1e9, bf16=2e9, int8=4e9)
 
 
 def test_given() -> None:
