@@ -26,6 +26,7 @@ CALLS = "relax_llm.calls"
 
 _calls: ContextVar[list[GlobalVar]] = ContextVar("calls of the function that is being built")
 
+_SUMS = 4  # of a row, which are added up at the end
 _LOG_TASKS = TASKS.bit_length() - 1
 
 _OPAQUE = 8  # The operator pattern that tells TVM's fusion to leave a function alone.
@@ -286,15 +287,26 @@ def sweep(width: int, visit: Callable[[Expr, int], None]) -> None:
 
 
 def row_sum(width: int, value: Callable[[Expr, int], Expr]) -> Expr:
-    """The sum over a row of what `value(start, lanes)` gives for each of its vectors, as an f32 scalar."""
-    partial = local((LANES,))
-    store(partial, splat(0.0), 0)
+    """The sum over a row of what `value(start, lanes)` gives for each of its vectors, as an f32 scalar.
 
-    def add(at: Expr, lanes: int) -> None:
-        store(partial, load(partial, 0, lanes=lanes) + value(at, lanes), 0, lanes=lanes)
+    Vectors are added to one of `_SUMS` in turns, so that additions need not wait for each other.
+    """
+    sums = [local((LANES,)) for _ in range(_SUMS)]
+    for one in sums:
+        store(one, splat(0.0), 0)
 
-    sweep(width, add)
-    return reduce_lanes(partial, (), lambda x, y: x + y)
+    def add(one: Expr, at: Expr, lanes: int) -> None:
+        store(one, load(one, 0, lanes=lanes) + value(at, lanes), 0, lanes=lanes)
+
+    step = _SUMS * LANES
+    if width // step:
+        with T.serial(width // step) as turn:
+            for index, one in enumerate(sums):
+                add(one, let("at", turn * step + index * LANES), LANES)
+    for one, (at, lanes) in zip(sums, chunks(width % step), strict=False):
+        add(one, T.int64(width // step * step + at), lanes)
+    first, second, third, fourth = (load(one, 0) for one in sums)
+    return fold(let("total", (first + second) + (third + fourth)), lambda x, y: x + y)
 
 
 def fold(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
