@@ -125,9 +125,29 @@ int wanted_threads() {
   return wanted < 1 ? 1 : wanted < kMostThreads ? wanted : kMostThreads;
 }
 
-struct alignas(64) Share {
-  std::atomic<int> next;
-  int end;
+// The tasks of a thread: it takes them from the front, and others from the back. So what others take is the same in every
+// loop, as long as all threads are as fast, and rows of a model's tensors stay in the caches of one core.
+class alignas(64) Share {
+ public:
+  void begin(int first, int end) { range_.store(range(first, end), std::memory_order_relaxed); }
+
+  int front() { return take(1, 0); }
+  int back() { return take(0, -1); }
+
+ private:
+  static uint64_t range(int first, int end) { return static_cast<uint64_t>(end) << 32 | static_cast<uint32_t>(first); }
+
+  int take(int after, int before) {  // a task, or -1 where none is left
+    uint64_t seen = range_.load(std::memory_order_relaxed);
+    for (;;) {
+      const int first = static_cast<int>(seen), end = static_cast<int>(seen >> 32);
+      if (first >= end) return -1;
+      if (range_.compare_exchange_weak(seen, range(first + after, end + before), std::memory_order_relaxed))
+        return after ? first : end - 1;
+    }
+  }
+
+  std::atomic<uint64_t> range_{0};
 };
 
 class Threads {
@@ -177,7 +197,7 @@ class Threads {
   unsigned number_ = 0;                       // of the loop
   Loop loop_ = nullptr;
   void *data_ = nullptr;
-  Share shares_[kMostThreads] = {};
+  Share shares_[kMostThreads];
   std::atomic<int> failed_{0};
   std::atomic<bool> helped_{false};           // another thread has had a task
   alignas(64) std::atomic<unsigned> open_{0};  // the number of the loop that threads may enter; 0: none
@@ -200,8 +220,7 @@ int Threads::shared(Loop loop, void *data, Ticks began) {
   failed_.store(0, std::memory_order_relaxed);
   helped_.store(false, std::memory_order_relaxed);
   for (int i = 0; i < count_; i++) {
-    shares_[i].next.store(kTasks * i / count_, std::memory_order_relaxed);
-    shares_[i].end = kTasks * (i + 1) / count_;
+    shares_[i].begin(kTasks * i / count_, kTasks * (i + 1) / count_);
   }
   number_ = number_ + 1 ? number_ + 1 : 1;
   open_.store(number_);
@@ -239,9 +258,7 @@ bool Threads::work(int self) {
   bool any = false;
   for (int i = 0; i < count_; i++) {
     Share &share = shares_[(self + i) % count_];
-    while (share.next.load(std::memory_order_relaxed) < share.end) {
-      const int task = share.next.fetch_add(1, std::memory_order_relaxed);
-      if (task >= share.end) break;
+    for (int task; (task = i ? share.back() : share.front()) >= 0;) {
       any = true;
       if (const int failed = loop_(task, &group, data_)) failed_.store(failed, std::memory_order_relaxed);
     }
