@@ -59,15 +59,12 @@ def _through_all_blocks(operands: Operands) -> None:
     """Emit tasks of some tiles of rows, each through all blocks that they see."""
     tile, pairs, row_tiles = operands.tile, operands.pairs, operands.row_tiles
     wanted = T.max(ceil_div(row_tiles, _TOGETHER), T.truncdiv(pairs + (_TASKS - 1), pairs))
-    groups = b.let("groups", T.min(row_tiles, ceil_div(wanted, 4) * 4))
+    groups = b.let("groups", T.min(row_tiles, ceil_div(wanted, 2) * 2))
 
     def task(index: Expr) -> None:
-        pair = b.let("pair", T.truncdiv(index, groups))
-        turn = b.let("turn", index - pair * groups)
-        # Early queries see few positions and late ones many: alternate, so that neighbouring tasks even out,
-        # in each half of a key head's, too.
-        half = floor_div(turn, 2)
-        part = b.let("part", T.Select(turn - 2 * half == 0, half, groups - 1 - half))
+        # Rows before heads: a core has the rows that it has in the products before and behind.
+        part = b.let("part", T.truncdiv(index, pairs))
+        pair = b.let("pair", index - part * pairs)
         start = b.let("start", T.truncdiv(row_tiles * part, groups))
         own = b.let("own", T.truncdiv(row_tiles * (part + 1), groups) - start)
         memory = Memory.of(tile, _TOGETHER)

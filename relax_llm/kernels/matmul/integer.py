@@ -32,7 +32,7 @@ AHEAD = 1024
 
 _ROWS = 6  # of a tile: with 32 columns, 12 vectors of integers and 12 of their sums
 _PART = 32  # groups of a panel that are multiplied at a time; they stay in a first-level cache
-_TILES = 64  # in a block of rows
+_TILES = 32  # in a block of rows
 _AT_ONCE = 8  # rows that are quantized by one call
 _SERIAL = 1 << 14  # elements of x that one core quantizes sooner than two could begin
 _FAR = 1 << 20
@@ -88,7 +88,7 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
 
         parts = -(-groups // _PART)
         tiles = b.let("tiles", (m + (_ROWS - 1)) // _ROWS)
-        blocks = b.let("blocks", (tiles + (_TILES - 1)) // _TILES)
+        blocks = b.let("blocks", blocks_for(tiles))
 
         def task(index: Expr) -> None:
             block = b.let("block", index // operands.panels)
@@ -137,6 +137,17 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
         b.tasks(blocks * operands.panels, task, name="panel")
 
     return b.prim_func(f"integer{8 * planes}__{problem.name}", emit)
+
+
+def blocks_for(tiles: Expr) -> Expr:
+    """How many blocks of rows there are: one, or an even number.
+
+    Tasks go through all panels of a block before the next one, so that half of the cores, or the one of two, have half
+    of the rows, as in kernels of single rows. Their caches may be far apart: in a virtual machine of two cores moving
+    them from one to the other was seen to take ten times as long as reading them again, where a processor has several
+    third-level caches.
+    """
+    return T.if_then_else(tiles <= _TILES, T.int64(1), (tiles + (2 * _TILES - 1)) // (2 * _TILES) * 2)
 
 
 def turns_of(layout: TiledGroups) -> int:
