@@ -1,5 +1,5 @@
 /* What this processor can do at most, for longer than a moment: multiply-adds in registers (of f32, of bf16 and of bytes
- * with the vector instructions for them, and with those for tiles), and reading memory.
+ * with the vector instructions for them, and with those for tiles), and reading memory; and how far apart two cores are.
  *
  *     cc -O3 -march=native -ffp-contract=fast -pthread limits.c -o limits && ./limits THREADS [BYTES]
  *
@@ -11,6 +11,7 @@
 #endif
 #include <pthread.h>
 #include <sched.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -31,7 +32,7 @@
 
 typedef float vector __attribute__((vector_size(BYTES)));
 
-enum { LANES = BYTES / sizeof(float), STEPS = 2000000, REPEATS = 5 };
+enum { LANES = BYTES / sizeof(float), STEPS = 2000000, REPEATS = 5, TRIPS = 10000 };
 
 static const size_t MEMORY = (size_t)1 << 30;
 
@@ -132,6 +133,27 @@ static void *read_memory(void *argument) {
     return NULL;
 }
 
+/* A line of memory goes to the other core and comes back. */
+static _Alignas(128) atomic_int trips;
+
+static void *go(void *argument) {
+    (void)argument;
+    for (int i = 0; i < TRIPS; i++) {
+        atomic_store(&trips, 2 * i + 1);
+        while (atomic_load(&trips) == 2 * i + 1) {}
+    }
+    return NULL;
+}
+
+static void *come_back(void *argument) {
+    (void)argument;
+    for (int i = 0; i < TRIPS; i++) {
+        while (atomic_load(&trips) != 2 * i + 1) {}
+        atomic_store(&trips, 2 * i + 2);
+    }
+    return NULL;
+}
+
 static double now(void) {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
@@ -177,6 +199,30 @@ static double typical(void *(*work)(void *), task *tasks, int threads) {
     return seconds[REPEATS / 2];
 }
 
+static int processors(void) {
+#if defined(__linux__)
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
+#endif
+    return (int)sysconf(_SC_NPROCESSORS_ONLN);
+}
+
+/* Seconds of a trip between the cores of the first two threads, the fastest of some runs; 0 where they have one. */
+static double apart(int threads) {
+    double least = 0;
+    for (int repeat = 0; threads > 1 && processors() > 1 && repeat < REPEATS; repeat++) {
+        pthread_t running[2];
+        double began = now();
+        atomic_store(&trips, 0);
+        begin(&running[0], 0, go, NULL);
+        begin(&running[1], 1, come_back, NULL);
+        for (int i = 0; i < 2; i++) pthread_join(running[i], NULL);
+        double seconds = (now() - began) / TRIPS;
+        if (!least || seconds < least) least = seconds;
+    }
+    return least;
+}
+
 int main(int count, char **arguments) {
     int threads = count > 1 ? atoi(arguments[1]) : 1;
     task *tasks = threads < 1 ? NULL : aligned_alloc(64, threads * sizeof *tasks);
@@ -218,6 +264,7 @@ int main(int count, char **arguments) {
     fprintf(stderr, "%g\n", seen); /* so that no work is left out */
     printf("{\"flops\": %.0f, \"bytes\": %.0f, ", flops, (double)share * BYTES * threads / reading);
     printf("\"bf16\": %.0f, \"int8\": %.0f, ", bf16, int8);
-    printf("\"bf16_tiles\": %.0f, \"int8_tiles\": %.0f}\n", bf16_tiles, int8_tiles);
+    printf("\"bf16_tiles\": %.0f, \"int8_tiles\": %.0f, ", bf16_tiles, int8_tiles);
+    printf("\"apart\": %.3g}\n", apart(threads));
     return 0;
 }

@@ -20,10 +20,12 @@ class Limits(limits.Limits):
     Attributes:
         bf16_tiles: Operations of the instructions for products of whole tiles (AMX), in bf16;
         int8_tiles: and in bytes.
+        apart: Seconds that a line of memory takes from one core to another and back; 0 where one core was measured.
     """
 
     bf16_tiles: float = 0
     int8_tiles: float = 0
+    apart: float = 0
 
 
 class LimitsProgram:

@@ -163,7 +163,9 @@ class Report:
         if middle("bf16_tiles"):
             tiles = f"bf16 {middle('bf16_tiles') / 1e9:.0f}, int8 {middle('int8_tiles') / 1e9:.0f}"
             parts.append(f"in tiles (AMX) {tiles}")
-        return f"limits: {', '.join(parts)}; {middle('bytes') / 1e9:.1f} GB/s read"
+        trips = [limits.apart * 1e9 for limits in self.limits if limits.apart]
+        apart = f"; {min(trips):.0f} to {max(trips):.0f} ns from core to core and back" if trips else ""
+        return f"limits: {', '.join(parts)}; {middle('bytes') / 1e9:.1f} GB/s read{apart}"
 
 
 def to_json(reports: Sequence[Report]) -> str:

@@ -226,7 +226,11 @@ def report() -> Report:
         "tiny on nothing",
         "q8",
         [PP, TG],
-        [Limits(1e9, 2e9, int8=3e9), Limits(5e8, 1e9, int8=1e9), Limits(1e9, 2e9, int8=3e9)],
+        [
+            Limits(1e9, 2e9, int8=3e9, apart=8e-8),
+            Limits(5e8, 1e9, int8=1e9, apart=4e-7),
+            Limits(1e9, 2e9, int8=3e9, apart=9e-8),
+        ],
         {PP: [0.001, 0.002, 0.001], TG: [0.01, 0.02, 0.01]},
         {
             "relax_llm 1.0 q8": figures([300, 90, 330], [50, 25, 50]),
@@ -253,7 +257,7 @@ def test_ratios_are_medians_within_rounds(report: Report) -> None:
 
 def test_the_table_says_it_all(report: Report) -> None:
     lines = report.text().split("\n")
-    assert lines[1] == "limits: f32 1 GFLOP/s, int8 3; 2.0 GB/s read"
+    assert lines[1] == "limits: f32 1 GFLOP/s, int8 3; 2.0 GB/s read; 80 to 400 ns from core to core and back"
     assert lines[3].split() == ["q8", "pp16", "tg32", "load", "s", "peak", "MB", "others"]
     rows = {line.split("  ")[0]: line.split()[-5:] for line in lines[4:8]}
     assert rows["relax_llm 1.0 q8"] == ["300.0", "50.0", "0.50", "123", "3%"]
