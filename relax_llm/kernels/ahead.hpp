@@ -4,7 +4,8 @@
 // the host: for a tenth of the time and more nobody reads memory. A model reads its weights in the same order for every
 // token, and each product says which one it reads as it begins. So a thread that waits for a loop asks for what it will
 // multiply with there: for its share of the weights that came next the last time, as much as its second-level cache
-// holds. These are hints. Where the order changes, or a weight is gone, lines are read in vain, and nothing else happens.
+// holds. The thread that launches has all between loops to do, and asks for some lines before it goes on. These are
+// hints. Where the order changes, or a weight is gone, lines are read in vain, and nothing else happens.
 
 #pragma once
 

@@ -12,7 +12,8 @@
 //     serves somebody else. Where that happens twice within a short time the caller does without other threads for some
 //     multiple of it, and for a larger one where it goes on. Then a neighbour has one core, and the loops run on the other
 //     at the speed that one core has.
-//   - Who waits for the next loop asks for the weight that will be read there: see ahead.hpp.
+//   - Who waits for the next loop asks for the weight that will be read there: see ahead.hpp. The caller, who does alone
+//     what lies between two loops, asks for some of its share before.
 //
 // Tasks do not depend on each other, so that results are the same whoever runs which.
 
@@ -41,6 +42,7 @@ constexpr int kMostThreads = 64;
 constexpr int kSpins = 2500;    // looks before a thread sleeps: some fifty microseconds, more than between most loops
 constexpr int kAwake = 4;       // times as many before it sleeps again when it was woken, and came too late
 constexpr int kWaits = 2500;    // looks before the caller sleeps until others are through
+constexpr int kSteps = 16;      // of asking ahead that the caller takes as a loop ends
 constexpr int kMostInVain = 7;  // loops for which nobody is woken after one was, and came too late
 
 struct Group {  // TVMParallelGroupEnv
@@ -209,6 +211,7 @@ class Threads {
   Sleeper sleepers_[kMostThreads];             // under the mutex
   pthread_t threads_[kMostThreads] = {};
   Ahead ahead_;
+  Ahead::Place asked_;                         // by the caller
 };
 
 alignas(Threads) unsigned char memory[sizeof(Threads)];
@@ -235,6 +238,8 @@ int Threads::shared(Loop loop, void *data, Ticks began) {
   const Ticks through = ticks();
   wait();
   const Ticks now = ticks(), waited = now - through;
+  int steps = 0;
+  ahead_.ask(asked_, 0, count_, [&] { return steps++ == kSteps; });
   if (helped_.load(std::memory_order_relaxed)) {
     skip_ = in_vain_ = 0;
   } else if (wakes) {
@@ -267,6 +272,7 @@ bool Threads::work(int self) {
 }
 
 void Threads::wait() {  // for those who are at a task
+  ahead_.ask(asked_, 0, count_, [this] { return !inside_.load(); });
   for (int i = 0; i < kWaits; i++) {
     if (!inside_.load()) return;
     pause();
