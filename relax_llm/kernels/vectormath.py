@@ -76,12 +76,15 @@ def exp_nonpositive(x: Expr, *, steady: bool = False) -> Expr:
 
 
 def sigmoid(x: Expr) -> Expr:
-    """1 / (1 + e**-x) within 4 ULP for x >= -87.33; below, between that and 0."""
-    return times_sigmoid(_const(x, 1.0), x)
+    """1 / (1 + e**-x) within 4 ULP for x >= -87.33; 4e-39 far below."""
+    return _const(x, 1.0) / (_const(x, 1.0) + exp(_const(x, 0.0) - x))
 
 
 def times_sigmoid(value: Expr, x: Expr) -> Expr:
-    """The product of a value and the sigmoid of x, with one division: value * (1 or e**x) / (1 + e**-|x|)."""
+    """The product of a value and the sigmoid of x, as value * (1 or e**x) / (1 + e**-|x|); 0 for x below -87.7.
+
+    It takes less time than `sigmoid`, which is above 0 for all x.
+    """
     lanes = _lanes(x)
     bits = T.reinterpret(_typed("int32", lanes), x)
     sign = T.int32(-(2**31)) if lanes == 1 else T.broadcast(T.int32(-(2**31)), lanes)
@@ -91,7 +94,7 @@ def times_sigmoid(value: Expr, x: Expr) -> Expr:
 
 
 def silu(x: Expr) -> Expr:
-    """x * sigmoid(x) within 4 ULP for x >= -87.33, and within 1.2e-38 * |x| below."""
+    """x * sigmoid(x) within 4 ULP for x >= -87.33, and within 8.5e-39 * |x| below."""
     return times_sigmoid(x, x)
 
 
