@@ -52,7 +52,7 @@ class Ahead {
         place.at = 0;
       }
       const char *start = place.weight + place.share * thread / kLine * kLine + place.at;
-      for (int line = 0; line < kStep; line += kLine) __builtin_prefetch(start + line, 0, 2);
+      for (int line = 0; line < kStep; line += kLine) __builtin_prefetch(start + line, 0, 3);
       place.at += kStep;
     }
   }

@@ -215,8 +215,8 @@ def put(buffer: Expr, value: Expr, *indices: Expr) -> None:
 
 
 def prefetch(buffer: Expr, index: Expr) -> None:
-    """Ask for the cache line of an element, in the second-level cache; one past the end is harmless."""
-    place, read, locality, data = T.address_of(buffer[index]), 0, 2, 1
+    """Ask for the cache line of an element, in the first-level cache; one past the end is harmless."""
+    place, read, locality, data = T.address_of(buffer[index]), 0, 3, 1
     hint = [T.int32(value) for value in (read, locality, data)]
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", place, *hint))
 

@@ -26,6 +26,15 @@ _UNROLL = 2  # steps in a turn of a loop
 _MOST = 4  # vectors of a row that are summed at once, at most
 
 
+def computed(tile: Tile, height: Expr) -> Expr:
+    """How many rows are computed for a height: those of the least function that has as many."""
+    *lower, most = _heights(tile)
+    rows = T.int64(most)
+    for least in reversed(lower):
+        rows = T.Select(height <= least, T.int64(least), rows)
+    return b.let("computed", rows)
+
+
 def scores(tile: Tile) -> ir.GlobalVar:
     """The function that multiplies queries with tiles of keys, each sum over the channels in ascending order.
 
@@ -34,8 +43,8 @@ def scores(tile: Tile) -> ir.GlobalVar:
         scores(height, queries [height, dim], keys, ahead, scores [height, BLOCK], tiles)
         scores(height, queries [height, dim], keys, ahead, scales, scores [height, BLOCK], tiles)
 
-    Small tiles wait for memory, and ask for as much of a cache from the address `ahead` on as they use. All of a
-    tile's rows must hold numbers, more than `height` of them, too. Codes have `scales`, one for each position.
+    Small tiles wait for memory, and ask for as much of a cache from the address `ahead` on as they use. All rows
+    that are `computed` must hold numbers, more than `height` of them, too. Codes have `scales`, one for each position.
     """
     steps = -(-tile.dim // 2) if tile.halves else tile.dim
 
@@ -130,6 +139,11 @@ def weighted(tile: Tile) -> ir.GlobalVar:
     return _by_height(tile, "attention_weighted", pointers, emit)
 
 
+def _heights(tile: Tile) -> list[int]:
+    """The numbers of rows for which a tile has functions, ascending."""
+    return [*(rows for rows in _HEIGHTS if rows < tile.rows), tile.rows]
+
+
 def _by_height(tile: Tile, name: str, pointers: Mapping[str, str], emit: Callable[..., None]) -> ir.GlobalVar:
     """A function (height, *pointers, count) that calls one for as many rows or more, whose body `emit` writes.
 
@@ -165,7 +179,7 @@ def _by_height(tile: Tile, name: str, pointers: Mapping[str, str], emit: Callabl
             else:
                 b.call(one(heights[0]), *given)
 
-        least([*(rows for rows in _HEIGHTS if rows < tile.rows), tile.rows])
+        least(_heights(tile))
 
     return inner(tile.named(name), (tile.machine,), choose, entry=True)
 

@@ -7,6 +7,7 @@ from tvm.tirx.script.builder import ir as T
 
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.attention.operands import Operands, floor_div
+from relax_llm.kernels.attention.products import computed
 from relax_llm.kernels.attention.tile import BLOCK
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.intrinsics import imported, round_bf16
@@ -57,7 +58,7 @@ def rows_of(operands: Operands, pair: Expr, index: Expr) -> Rows:
 
 
 def take(operands: Operands, rows: Rows, queries: Expr, at: Expr) -> None:
-    """Copy the queries of a tile, scaled, as they are multiplied; the last one again for rows that it lacks.
+    """Copy the queries of a tile, scaled, as they are multiplied; the last one again for rows that are computed beside it.
 
     Args:
         operands: The arguments.
@@ -65,7 +66,7 @@ def take(operands: Operands, rows: Rows, queries: Expr, at: Expr) -> None:
         queries: [tiles, factors of a tile].
         at: Which of these.
     """
-    with T.serial(operands.tile.rows) as r:
+    with T.serial(computed(operands.tile, rows.count)) as r:
         row = b.let("row", rows.first + T.min(r, rows.count - 1))
         _take_row(operands, _place(operands, rows.pair, row), queries, at, r * operands.tile.query_factors)
 
