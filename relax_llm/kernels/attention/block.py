@@ -7,7 +7,7 @@ from tvm.tirx.script.builder import ir as T
 from relax_llm.artifact.kv_cache import TILE
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.attention import products, softmax
-from relax_llm.kernels.attention.operands import Operands, ceil_div, floor_div
+from relax_llm.kernels.attention.operands import Asked, Operands, Stored, ceil_div, floor_div
 from relax_llm.kernels.attention.rows import Rows
 from relax_llm.kernels.attention.tile import BLOCK, Tile
 from relax_llm.kernels.attention.unpacking import Unpacked
@@ -64,18 +64,22 @@ def attend(
     count = b.let("tiles", ceil_div(positions, TILE))
     first_tile = b.let("first_tile", floor_div(start, TILE))
 
+    def following(stored: Stored) -> Asked:
+        return operands.following(stored, pair, first_tile, rows.begin)
+
     # While keys are multiplied, values are asked for, and the next keys while values are; of codes, the next block.
     key_scales, value_scales = [], []
     if memory.unpacked is None:
         key, value = operands.keys.at(pair, first_tile), operands.values.at(pair, first_tile)
-        ahead = value, operands.following(operands.keys, pair, block)
+        asked = Asked(value, count, T.int64(0)), following(operands.keys)
     else:
-        ahead = tuple(operands.following(stored, pair, block) for stored in (operands.keys, operands.values))
+        asked = following(operands.keys), following(operands.values)
         slot = b.let("in_block", first_tile - block * (BLOCK // TILE))
         key, value = memory.unpacked.keys(slot), memory.unpacked.values(slot)
         key_scales, value_scales = ([T.address_of(kept[slot * TILE])] for kept in memory.unpacked.scales)
 
-    b.call(products.scores(tile), rows.count, queries, key, ahead[0], *key_scales, scores, count)
+    ahead, *more = vars(asked[0]).values()
+    b.call(products.scores(tile), rows.count, queries, key, ahead, *key_scales, scores, *more, count)
     hidden = rows.earliest - start < count * TILE - 1
     if window:
         hidden = T.Or(hidden, rows.latest - start >= window)
@@ -86,4 +90,5 @@ def attend(
     partial = T.address_of(partials[at, 0])
     b.call(softmax.weights(tile), rows.count, *places, *value_scales, partial, count)
     sums = T.address_of(partials[at, tile.values_at(0)])
-    b.call(products.weighted(tile), rows.count, weights, value, ahead[1], sums, positions)
+    ahead, *more = vars(asked[1]).values()
+    b.call(products.weighted(tile), rows.count, weights, value, ahead, sums, *more, positions)

@@ -31,6 +31,21 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What is asked for while tiles are worked on, as many as these are.
+
+    Attributes:
+        at: The address of the first.
+        left: How many lie there. What is asked for behind them is elsewhere:
+        jump: so many elements from where it would be.
+    """
+
+    at: Expr
+    left: Expr
+    jump: Expr
+
+
+@dataclass(frozen=True)
 class Operands:
     """The arguments of a kernel. A *pair* is one of a sequence and a key head.
 
@@ -111,13 +126,27 @@ class Operands:
             blocks,
         )
 
-    def following(self, stored: Stored, pair: Expr, block: Expr) -> Expr:
-        """What is read next of keys or values: those of the block behind this one, or of the next pair's first."""
-        after = b.let("after", (block + 1) * BLOCK)
-        more = b.let("more", T.Cast("int64", after < self.kv_len))
-        next_pair = T.min(pair + 1 - more, self.pairs - 1)
-        next_tile = floor_div(self.first_block * BLOCK + more * (after - self.first_block * BLOCK), TILE)
-        return stored.at(next_pair, next_tile)
+    def following(self, stored: Stored, pair: Expr, tile: Expr, begin: Expr) -> Asked:
+        """What is asked for of keys or values: what is a block ahead where one pair's tiles follow those of another.
+
+        Args:
+            stored: Keys or values.
+            pair: Whose tiles are worked on.
+            tile: The first of these.
+            begin: The first position that is seen.
+        """
+        end = ceil_div(self.kv_len, TILE)
+        ahead = b.let("ahead", tile + BLOCK // TILE)
+        # Behind the last pair, what is worked on itself: it is in the cache.
+        jump = b.let(
+            "jump",
+            T.Select(
+                pair + 1 < self.pairs,
+                stored.matrix.shape[1] + (floor_div(begin, TILE) - end) * stored.elements,
+                T.int64(-(BLOCK // TILE) * stored.elements),
+            ),
+        )
+        return Asked(stored.at(pair, ahead), b.let("left", T.max(end - ahead, 0)), jump)
 
 
 def floor_div(count: Expr, size: int) -> Expr:

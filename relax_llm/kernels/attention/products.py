@@ -40,16 +40,16 @@ def scores(tile: Tile) -> ir.GlobalVar:
 
     ::
 
-        scores(height, queries [height, dim], keys, ahead, scores [height, BLOCK], tiles)
-        scores(height, queries [height, dim], keys, ahead, scales, scores [height, BLOCK], tiles)
+        scores(height, queries [height, dim], keys, ahead, scores [height, BLOCK], left, jump, tiles)
+        scores(height, queries [height, dim], keys, ahead, scales, scores [height, BLOCK], left, jump, tiles)
 
-    Small tiles wait for memory, and ask for as much of a cache from the address `ahead` on as they use. All rows
+    Small tiles wait for memory, and ask for as much of a cache as they use: see `Asked`. All rows
     that are `computed` must hold numbers, more than `height` of them, too. Codes have `scales`, one for each position.
     """
     steps = -(-tile.dim // 2) if tile.halves else tile.dim
 
     def emit(rows: int, queries_at: Expr, keys_at: Expr, ahead_at: Expr, *rest: Expr) -> None:
-        *scales_at, out_at, tiles = rest
+        *scales_at, out_at, left, jump, tiles = rest
         scales = memory(scales_at[0], (FAR, TILE)) if scales_at else None
         queries = memory(queries_at, (rows, tile.query_factors), tile.factors)
         out = memory(out_at, (rows, BLOCK))
@@ -57,10 +57,12 @@ def scores(tile: Tile) -> ir.GlobalVar:
 
         def some(first: Expr, vectors: int) -> None:
             acc = b.Registers(rows, b.chunks(vectors * TILE))
+            waiting = range(vectors if _waits(tile, rows) else 0)
+            beyond = [b.let("beyond", _beyond(first + t < left, jump)) for t in waiting]
 
             def step(channel: Expr) -> None:
-                for t in range(vectors if _waits(tile, rows) else 0):
-                    _ask(tile, ahead_at, ((first + t) * steps + channel) * TILE)
+                for t in waiting:
+                    _ask(tile, ahead_at, ((first + t) * steps + channel) * TILE, beyond[t])
                 for r, t, _, lanes in acc:
                     word = b.load(keys, first + t, channel, 0)
                     acc.set(r, t, _plus(tile, acc.get(r, t), queries, r, channel, word, lanes))
@@ -96,11 +98,21 @@ def weighted(tile: Tile) -> ir.GlobalVar:
 
     ::
 
-        weighted(height, weights [height, BLOCK], values, ahead, sums [height, dim], positions)
+        weighted(height, weights [height, BLOCK], values, ahead, sums [height, dim], left, jump, positions)
+
+    Small tiles ask for as much of a cache as they use: see `Asked`.
     """
+    steps = TILE // 2 if tile.halves else TILE  # in a tile of positions
 
     def emit(
-        rows: int, weights_at: Expr, values_at: Expr, ahead_at: Expr, out_at: Expr, positions: Expr
+        rows: int,
+        weights_at: Expr,
+        values_at: Expr,
+        ahead_at: Expr,
+        out_at: Expr,
+        left: Expr,
+        jump: Expr,
+        positions: Expr,
     ) -> None:
         weights = memory(weights_at, (rows, tile.weight_factors), tile.factors)
         out = memory(out_at, (rows, tile.dim))
@@ -110,8 +122,10 @@ def weighted(tile: Tile) -> ir.GlobalVar:
             acc = b.Registers(rows, vectors)
 
             def step(position: Expr, *, single: bool = False) -> None:
-                for start, _ in vectors if _waits(tile, rows) else ():
-                    _ask(tile, ahead_at, position * tile.dim + first + start)
+                if _waits(tile, rows):
+                    beyond = b.let("beyond", _beyond(position < left * steps, jump))
+                    for start, _ in vectors:
+                        _ask(tile, ahead_at, position * tile.dim + first + start, beyond)
                 for r, i, start, lanes in acc:
                     value = b.load(values, position, first + start, lanes=lanes)
                     total = _plus(tile, acc.get(r, i), weights, r, position, value, lanes, single=single)
@@ -145,7 +159,7 @@ def _heights(tile: Tile) -> list[int]:
 
 
 def _by_height(tile: Tile, name: str, pointers: Mapping[str, str], emit: Callable[..., None]) -> ir.GlobalVar:
-    """A function (height, *pointers, count) that calls one for as many rows or more, whose body `emit` writes.
+    """A function (height, *pointers, left, jump, count) that calls one for as many rows or more: `emit` writes its body.
 
     Args:
         tile: What is multiplied.
@@ -155,7 +169,8 @@ def _by_height(tile: Tile, name: str, pointers: Mapping[str, str], emit: Callabl
     """
 
     def declared() -> list[Expr]:
-        return [*(pointer(one, dtype) for one, dtype in pointers.items()), number("count")]
+        numbers = (number(name) for name in ("left", "jump", "count"))
+        return [*(pointer(one, dtype) for one, dtype in pointers.items()), *numbers]
 
     def one(rows: int) -> ir.GlobalVar:
         def body() -> None:
@@ -230,10 +245,15 @@ def _waits(tile: Tile, rows: int) -> bool:
     return 3 * rows <= 2 * tile.rows
 
 
-def _ask(tile: Tile, ahead: Expr, word: Expr) -> None:
-    """Emit what asks for a word from an address in a cache on, or for the codes that it will be."""
+def _beyond(here: Expr, jump: Expr) -> Expr:
+    """How many elements further is what is asked for: see `Asked`."""
+    return T.Select(here, T.int64(0), jump)
+
+
+def _ask(tile: Tile, ahead: Expr, word: Expr, beyond: Expr) -> None:
+    """Emit what asks for a word from an address in a cache on, or for the codes that it will be, so much further."""
     codes = 2 if tile.codes and tile.halves else 1
-    b.prefetch(memory(ahead, (FAR,), tile.stored), word * codes)
+    b.prefetch(memory(ahead, (FAR,), tile.stored), word * codes + beyond)
 
 
 def _in_turns(count: Expr, step: Callable[[Expr], None]) -> None:

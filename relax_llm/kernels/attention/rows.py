@@ -58,7 +58,7 @@ def rows_of(operands: Operands, pair: Expr, index: Expr) -> Rows:
 
 
 def take(operands: Operands, rows: Rows, queries: Expr, at: Expr) -> None:
-    """Copy the queries of a tile, scaled, as they are multiplied; the last one again for rows that are computed beside it.
+    """Copy the queries of a tile, scaled, as they are multiplied; the last again for rows computed beside it.
 
     Args:
         operands: The arguments.
