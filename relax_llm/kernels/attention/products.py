@@ -159,7 +159,7 @@ def _heights(tile: Tile) -> list[int]:
 
 
 def _by_height(tile: Tile, name: str, pointers: Mapping[str, str], emit: Callable[..., None]) -> ir.GlobalVar:
-    """A function (height, *pointers, left, jump, count) that calls one for as many rows or more: `emit` writes its body.
+    """A function (height, *pointers, left, jump, count): it calls one for as many rows or more, which `emit` writes.
 
     Args:
         tile: What is multiplied.
