@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import asdict
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -53,8 +54,9 @@ def bench(
     """Measure prompts of some lengths and the tokens decoded behind them, and how near they are to the limit.
 
     With --beside, models take turns, and the last table has the ratios within rounds: what a kernel of yours, a plan
-    or a weight format is worth. To compare with other engines, in the same minutes, run `python -m benchmarks.llm` in a
-    checkout.
+    or a weight format is worth. Where cores of a virtual machine were moved meanwhile, which shows in how long a loop
+    over them takes, two more tables tell these rounds apart. To compare with other engines, in the same minutes, run
+    `python -m benchmarks.llm` in a checkout.
     """
     from relax_llm.runtime.speed import in_turns
 
@@ -105,6 +107,10 @@ def _show(names: list[str], found: list["Speeds"]) -> None:
     for name, speeds in zip(names[1:], found[1:], strict=True):
         caption(f"{name}, times as fast as {names[0]}, the median of the rounds")
         tables.show(speeds.beside(found[0]))
+        for rounds in speeds.places if len(speeds.places) > 1 else []:
+            loop = median(speeds.rounds[number].loop for number in rounds)
+            caption(f"In the {len(rounds)} rounds with a loop over all threads in {loop * 1e6:.2f} us")
+            tables.show(speeds.beside(found[0], rounds))
 
 
 def _data(names: list[str], found: list["Speeds"]) -> dict[str, Any]:
@@ -112,4 +118,5 @@ def _data(names: list[str], found: list["Speeds"]) -> dict[str, Any]:
         {"model": name, "lengths": [asdict(speed) for speed in speeds]}
         for name, speeds in zip(names, found, strict=True)
     ]
-    return {**first, "limits": vars(found[0].limits), "beside": others}
+    rounds = [vars(limits) for limits in found[0].rounds]
+    return {**first, "limits": vars(found[0].limits), "rounds": rounds, "beside": others}

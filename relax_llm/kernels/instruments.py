@@ -16,7 +16,7 @@ from relax_llm.kernels import builder as b
 from relax_llm.kernels.intrinsics import BF16, INT8, dot_bf16, dot_int8, imported
 from relax_llm.kernels.machine import LANES, Machine
 
-CLOCK, READ = "relax_llm_clock", "relax_llm_read"
+CLOCK, READ, LOOPS = "relax_llm_clock", "relax_llm_read", "relax_llm_loops"
 MULTIPLY_ADD, MULTIPLY_BF16, MULTIPLY_INT8 = (
     f"relax_llm_multiply_add{suffix}" for suffix in ("", "_bf16", "_int8")
 )
@@ -30,7 +30,7 @@ _AHEAD = 64 * LANES
 
 def instruments(machine: Machine) -> dict[str, PrimFunc]:
     """The functions for a processor, by symbol."""
-    found = {CLOCK: clock(), MULTIPLY_ADD: multiply_add(machine), READ: read()}
+    found = {CLOCK: clock(), MULTIPLY_ADD: multiply_add(machine), READ: read(), LOOPS: loops()}
     if machine.features >= BF16:
         found[MULTIPLY_BF16] = multiply_bf16(machine)
     if machine.features >= INT8:
@@ -160,6 +160,26 @@ def read() -> PrimFunc:
         b.tasks(tasks, work)
 
     return b.prim_func(READ, emit)
+
+
+def loops() -> PrimFunc:
+    """Begin and end loops over all threads, in which there is nothing to do.
+
+    ::
+
+        relax_llm_loops(count, out: f32 [tasks, LANES])
+
+    The first element of each row becomes the number of the last loop.
+    """
+
+    def emit() -> None:
+        tasks = b.size("tasks")
+        count = b.scalar("count")
+        out = b.argument("out", (tasks, LANES))
+        with T.serial(count) as number:
+            b.tasks(tasks, lambda task: b.put(out, T.cast(number, "float32"), task, 0))
+
+    return b.prim_func(LOOPS, emit)
 
 
 def _total(registers: b.Registers) -> b.Expr:

@@ -17,7 +17,7 @@ from relax_llm.places import cache_directory
 from relax_llm.runtime import vm
 from relax_llm.tracing.limits import Limits
 
-MULTIPLY_ADD, READ = "relax_llm_multiply_add", "relax_llm_read"
+MULTIPLY_ADD, READ, LOOPS = "relax_llm_multiply_add", "relax_llm_read", "relax_llm_loops"
 MULTIPLY_BF16, MULTIPLY_INT8 = "relax_llm_multiply_add_bf16", "relax_llm_multiply_add_int8"
 
 _LANES = 16
@@ -25,6 +25,7 @@ _ALIGNMENT = 64  # bytes, which generated code counts on
 _MEMORY = 2**28  # bytes; more than the caches that a few cores have for themselves
 _LINE_OF_SUMS = 8 * _LANES
 _COUNT = 10**5  # multiply-adds of a first try
+_LOOPS = 2000  # some milliseconds
 _SECONDS = 0.02  # of one repetition: long enough for the threads to find cores of their own
 _REPEATS = 5
 
@@ -65,7 +66,10 @@ def measure(machine: vm.VirtualMachine, threads: int) -> Limits:
     elements = _MEMORY // 4 // threads // _LINE_OF_SUMS * _LINE_OF_SUMS
     memory = _filled((threads, elements), np.float32(1))
     block, out = vm.tensor(memory), vm.tensor(_filled((threads, _LANES), np.float32(0)))
-    return Limits(flops, memory.nbytes / _fastest(lambda: read(block, out)), bf16, int8)
+    seconds = _fastest(lambda: read(block, out))
+    loops = machine.kernel(LOOPS)
+    loop = _fastest(lambda: loops(_LOOPS, out)) / _LOOPS
+    return Limits(flops, memory.nbytes / seconds, bf16, int8, loop)
 
 
 def _operations(

@@ -1,8 +1,9 @@
 """How fast a model is: prompts of some lengths, and tokens decoded behind them, beside what the machine can do."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 LENGTHS = (16, 64, 256, 1024)
 DECODES = 16
+_MOVED = 1.4  # times as long as a loop took before: cores are further apart
 
 Times = tuple[list[float], list[float]]
 """Seconds of prompts, and of a token behind them, in each round."""
@@ -58,17 +60,32 @@ class Speeds(tuple[Speed, ...]):
     """Speeds by length, which show themselves as a table.
 
     Attributes:
-        limits: What the machine can do.
+        limits: What the machine can do, the median of the rounds.
+        rounds: What it could do as each round began; empty where limits were given.
     """
 
     limits: Limits
+    rounds: tuple[Limits, ...]
 
     @staticmethod
-    def of(found: Sequence[Speed], limits: Limits) -> "Speeds":
+    def of(found: Sequence[Speed], limits: Limits, rounds: Sequence[Limits] = ()) -> "Speeds":
         """Some speeds, and the limits that they are compared with."""
         made = Speeds(found)
-        made.limits = limits
+        made.limits, made.rounds = limits, tuple(rounds)
         return made
+
+    @property
+    def places(self) -> list[tuple[int, ...]]:
+        """Rounds by where the cores were: one group, or two where a loop took clearly longer in some than in others."""
+        order = sorted(range(len(self.rounds)), key=lambda number: self.rounds[number].loop)
+        steps = [
+            (self.rounds[there].loop / self.rounds[here].loop, cut)
+            for cut, (here, there) in enumerate(pairwise(order), 1)
+            if self.rounds[here].loop
+        ]
+        ratio, cut = max(steps, default=(1.0, 0))
+        groups = [order[:cut], order[cut:]] if ratio > _MOVED else [order]
+        return [tuple(sorted(group)) for group in groups]
 
     @property
     def headline(self) -> str:
@@ -100,11 +117,20 @@ class Speeds(tuple[Speed, ...]):
         header = ("prompt", "ms", "tokens/s", "of limit", "decode ms", "tokens/s", "of limit")
         return Table(header, rows, frozenset(range(len(header))))
 
-    def beside(self, first: "Speeds") -> Table:
-        """How many times as fast this is as a model that it took turns with: medians of the ratios within rounds."""
+    def beside(self, first: "Speeds", rounds: Collection[int] | None = None) -> Table:
+        """How many times as fast this is as a model that it took turns with: medians of the ratios within rounds.
+
+        Args:
+            first: The other model.
+            rounds: Those that count, by default all: see `places`.
+        """
 
         def times(those: Sequence[float], these: Sequence[float]) -> str:
-            ratios = [one / other for one, other in zip(those, these, strict=True)]
+            ratios = [
+                one / other
+                for number, (one, other) in enumerate(zip(those, these, strict=True))
+                if rounds is None or number in rounds
+            ]
             return f"{median(ratios):.3f}x" if ratios else ""
 
         rows = [
@@ -194,10 +220,14 @@ def in_turns(
                         decode += [rest / decodes] if decodes else []
                     advance(1)
     middle = Limits.middle(possible)
-    return [_speeds(runner, times, decodes, middle) for runner, times in zip(runners, taken, strict=True)]
+    measured = possible if limits is None else []
+    return [
+        Speeds.of(_speeds(runner, times, decodes, middle), middle, measured)
+        for runner, times in zip(runners, taken, strict=True)
+    ]
 
 
-def _speeds(runner: "Runner", taken: Mapping[int, Times], decodes: int, limits: Limits) -> Speeds:
+def _speeds(runner: "Runner", taken: Mapping[int, Times], decodes: int, limits: Limits) -> list[Speed]:
     """What was measured of a model, beside the least that it could take."""
     manifest = runner.artifact.manifest
     found = []
@@ -213,7 +243,7 @@ def _speeds(runner: "Runner", taken: Mapping[int, Times], decodes: int, limits: 
                 least_seconds(manifest, manifest.greedy_function(1), token, limits),
             )
         )
-    return Speeds.of(found, limits)
+    return found
 
 
 def _answer(runner: "Runner", token_ids: list[int], decodes: int) -> tuple[float, float]:

@@ -17,12 +17,15 @@ class Limits:
         bytes: Bytes read from memory in a second.
         bf16: Operations in a second of the instructions for products of bf16; 0 where there are none.
         int8: Of those for products of bytes, likewise.
+        loop: Seconds from the begin to the end of a loop over all threads in which there is nothing to do, which says
+            how far apart their cores are; 0 where that is not known.
     """
 
     flops: float
     bytes: float
     bf16: float = 0.0
     int8: float = 0.0
+    loop: float = 0.0
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Limits":
@@ -52,7 +55,8 @@ class Limits:
             for name, rate in (("bf16", self.bf16), ("int8", self.int8))
             if rate
         )
-        return f"{self.flops / 1e9:.0f} GFLOP/s{more}, {self.bytes / 1e9:.1f} GB/s"
+        loop = f", a loop over all threads in {self.loop * 1e6:.2f} us" if self.loop else ""
+        return f"{self.flops / 1e9:.0f} GFLOP/s{more}, {self.bytes / 1e9:.1f} GB/s{loop}"
 
 
 def parse(text: str) -> Limits:

@@ -42,7 +42,8 @@ def test_a_row_for_each_length(call: Callable[..., Outcome], artifact: Path) -> 
 
 def test_as_json(call: Callable[..., Outcome], artifact: Path) -> None:
     found = call("bench", artifact, "--lengths", "5", "-n", 0, "--rounds", 3, "--json", *GIVEN).json
-    assert found["limits"] == {"flops": 100e9, "bytes": 10e9, "bf16": 0, "int8": 0}
+    assert found["limits"] == {"flops": 100e9, "bytes": 10e9, "bf16": 0, "int8": 0, "loop": 0}
+    assert found["rounds"] == []
     (row,) = found["lengths"]
     assert (row["length"], len(row["prefill"]), row["decode"]) == (5, 3, [])
     sizes = {"batch": 1, "seq": 5, "kv_len": 5}
@@ -73,6 +74,34 @@ def test_ratios_are_those_within_rounds() -> None:
     one = speed.Speeds.of([speed.Speed(4, (1.0, 2.0, 9.0), (), 0.0, 0.0)], limits)
     other = speed.Speeds.of([speed.Speed(4, (0.5, 4.0, 3.0), (), 0.0, 0.0)], limits)
     assert other.beside(one).rows == [("4", "2.000x", "")]
+    assert other.beside(one, (1,)).rows == [("4", "0.500x", "")]
+
+
+def test_rounds_are_told_apart_by_where_cores_were(
+    call: Callable[..., Outcome], artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loops = iter([1.0e-6, 0.5e-6, 0.6e-6, 1.1e-6])
+    monkeypatch.setattr(rl.Runner, "limits", lambda _, anew: Limits(1e11, 1e10, loop=next(loops)))
+    done = call("bench", artifact, "--beside", artifact, "--lengths", "3", "-n", 0, "--rounds", 4)
+    assert done.code == 0
+    *_, near, far = done.out.strip().split("\n\n")
+    assert near.splitlines()[0] == "In the 2 rounds with a loop over all threads in 0.55 us"
+    assert far.splitlines()[0] == "In the 2 rounds with a loop over all threads in 1.05 us"
+
+
+@pytest.mark.parametrize(
+    ("loops", "places"),
+    [
+        ([], [()]),
+        ([0.0, 0.0], [(0, 1)]),
+        ([5e-7, 6e-7, 7e-7], [(0, 1, 2)]),
+        ([1e-6, 5e-7, 2e-6, 6e-7], [(0, 1, 3), (2,)]),
+        ([1e-6, 5e-7, 1.1e-6, 6e-7], [(1, 3), (0, 2)]),
+    ],
+)
+def test_places(loops: list[float], places: list[tuple[int, ...]]) -> None:
+    rounds = [Limits(1e9, 1e9, loop=loop) for loop in loops]
+    assert speed.Speeds.of([], Limits(1e9, 1e9), rounds).places == places
 
 
 def test_in_python(artifact: Path) -> None:

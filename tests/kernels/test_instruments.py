@@ -9,6 +9,7 @@ import pytest
 
 from relax_llm.kernels.generate import generate
 from relax_llm.kernels.instruments import (
+    LOOPS,
     MULTIPLY_ADD,
     MULTIPLY_BF16,
     MULTIPLY_INT8,
@@ -59,6 +60,11 @@ def test_pairs_of_bf16(library: Callable[[str], Any]) -> None:
 def test_quads_of_bytes(library: Callable[[str], Any]) -> None:
     expected = sum(index + STEPS * 4 for index in range(SUMS))
     assert (run(library, MULTIPLY_INT8, np.int32(0x01010101), "int32") == expected).all()
+
+
+def test_loops_are_counted(library: Callable[[str], Any]) -> None:
+    (out,) = launch_function(library(LOOPS), LOOPS, COUNT, Out((TASKS, LANES)))
+    assert (out[:, 0] == COUNT - 1).all()
 
 
 def test_everything_is_read(library: Callable[[str], Any]) -> None:
