@@ -44,7 +44,7 @@ def multiply(layout: Packed, stride: int, machine: Machine, *, pairs: bool = Fal
     there if `carry` is not 0. The part has `turns` times `UNROLL` steps, and `rest` more. Every output is summed over
     k in ascending order, so that its bits depend neither on the height nor on where parts end.
 
-    While it multiplies it asks for what is worked on next to come to the second-level cache: a core keeps too few
+    While it multiplies it asks for what is worked on next to come to the first-level cache: a core keeps too few
     misses of its own in flight to read memory at full speed, and its prefetcher looks only some lines ahead. From two
     places at once, `ahead` and `beyond`, the prefetcher follows both, with twice as many lines in flight. Each turn
     asks for lines `spacing` elements of four bytes further on.
