@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from tvm.tirx.script.builder import ir as T
 
 from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, decode, encode
+from relax_llm.kernels import builder as b
 from relax_llm.kernels.attention import Attention
+from relax_llm.kernels.attention.operands import Operands
+from relax_llm.kernels.attention.tile import BLOCK
 from relax_llm.kernels.generate import generate
 from relax_llm.kernels.library import build
+from relax_llm.kernels.machine import machine
 from relax_llm.kernels.threads import load
 
 from ..tolerances import EXP, assert_within, reduction
@@ -271,3 +276,43 @@ def test_results_do_not_depend_on_how_tokens_are_divided(
     np.testing.assert_array_equal(
         _run(problem, on, three[0], three[1], three[2]), np.concatenate([whole] * 3)
     )
+
+
+@pytest.mark.parametrize("cache", CACHE_DTYPES)
+@pytest.mark.parametrize(("kv_len", "window"), [(1, None), (130, None), (256, None), (300, None), (300, 140)])
+def test_keys_are_asked_for_in_the_order_of_the_pairs(cache: str, kv_len: int, window: int | None) -> None:
+    kv_heads, dim, capacity = 3, 40, 5 * GRANULE
+    problem = Attention(2 * kv_heads, kv_heads, dim, 1.0, window, cache)
+    first = max(kv_len - window, 0) // TILE if window else 0
+    end, ahead = -(-kv_len // TILE), BLOCK // TILE
+
+    def emit() -> None:
+        operands = Operands.declare(problem, machine())
+        out = b.view(operands.out, (2 * kv_heads * dim,))
+        with T.serial(operands.pairs) as pair, T.serial(end - first) as index:
+            asked = operands.following(operands.keys, pair, first + index, T.int64(first * TILE))
+            elements = operands.keys.elements
+            b.put(out, T.cast(asked.left, "float32"), (pair * (end - first) + index) * 2)
+            b.put(
+                out,
+                T.cast(T.truncdiv(asked.jump, T.int64(elements)), "float32"),
+                (pair * (end - first) + index) * 2 + 1,
+            )
+
+    probe = load(generate({"probe": b.prim_func("probe", emit)}, machine()))["probe"]
+    keys, values = (random(1, capacity, kv_heads, dim, seed=seed) for seed in range(2))
+    q, out = random(1, 1, 2 * kv_heads, dim), Out((1, 1, 2 * kv_heads * dim))
+    (found,) = launch_function(probe, "probe", q, *encode(cache, keys, values).values(), kv_len, out)
+
+    order = [(pair, tile) for pair in range(kv_heads) for tile in range(first, end)]
+    answers = found.reshape(-1)[: 2 * len(order)].reshape(-1, 2).astype(int)
+    for (pair, tile), (left, jump) in zip(order, answers, strict=True):
+        # While so many tiles from this one on are worked on, as far as the pair has them.
+        for further in range(min(ahead, end - tile)):
+            place = pair * (capacity // TILE) + tile + ahead + further + (0 if further < left else jump)
+            asked = divmod(place, capacity // TILE)
+            at = order.index((pair, tile)) + further + ahead
+            if end - first >= ahead and at < len(order):
+                assert asked == order[at], "a block ahead in the order in which they are worked on"
+            elif pair == kv_heads - 1:
+                assert asked == (pair, tile + further), "behind all pairs: what is in the cache"
