@@ -29,12 +29,12 @@ class Limits:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Limits":
-        """The limits whose fields were written; others in the mapping do not matter.
+        """The limits whose fields were written; others in the mapping do not matter. Older ones have no `loop`.
 
         Raises:
             KeyError, TypeError, ValueError: A field is missing, or no number.
         """
-        return Limits(*(float(data[field.name]) for field in fields(Limits)))
+        return Limits(*(float({"loop": 0.0, **data}[field.name]) for field in fields(Limits)))
 
     def rate(self, products: str) -> float:
         """Operations in a second for products of "f32", "bf16" or "int8"; f32 does what has no instruction."""

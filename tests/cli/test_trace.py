@@ -63,7 +63,7 @@ def test_layers_apart(call: Callable[..., Outcome], artifact: Path) -> None:
 def test_as_json(call: Callable[..., Outcome], artifact: Path) -> None:
     found = call("trace", artifact, "-p", "4, 5", "--ids", "-n", 2, "--json", *GIVEN).json
     assert found["prompt"] == [4, 5]
-    assert found["limits"] == {"flops": 100e9, "bytes": 10e9, "bf16": 0, "int8": 0}
+    assert found["limits"] == {"flops": 100e9, "bytes": 10e9, "bf16": 0, "int8": 0, "loop": 0}
     assert [one["function"] for one in found["calls"]] == ["prefill", "decode", "decode"]
     assert found["seconds"] == pytest.approx(sum(one["seconds"] for one in found["calls"]))
     assert found["outside_kernels"] == pytest.approx(sum(one["outside_kernels"] for one in found["calls"]))

@@ -140,6 +140,13 @@ def test_read_again(tmp_path: Path) -> None:
         assert one.launches == other.launches
 
 
+def test_limits_without_loops_are_read(tmp_path: Path) -> None:
+    document = _document(trace())
+    del document["otherData"]["loop"]
+    (tmp_path / "trace.json").write_text(json.dumps(document))
+    assert Trace.read(tmp_path / "trace.json").limits == LIMITS
+
+
 def test_a_trace_of_nothing(tmp_path: Path) -> None:
     made = Trace(LIMITS)
     made.save(tmp_path / "trace.json")
