@@ -104,10 +104,11 @@ def _show(names: list[str], found: list["Speeds"]) -> None:
     for name, speeds in zip(names, found, strict=True):
         caption(name)
         tables.show(speeds.table())
+    places = found[0].places
     for name, speeds in zip(names[1:], found[1:], strict=True):
         caption(f"{name}, times as fast as {names[0]}, the median of the rounds")
         tables.show(speeds.beside(found[0]))
-        for rounds in speeds.places if len(speeds.places) > 1 else []:
+        for rounds in places if len(places) > 1 else []:
             loop = median(speeds.rounds[number].loop for number in rounds)
             caption(f"In the {len(rounds)} rounds with a loop over all threads in {loop * 1e6:.2f} us")
             tables.show(speeds.beside(found[0], rounds))

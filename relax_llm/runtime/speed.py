@@ -202,13 +202,13 @@ def in_turns(
         )
     for runner in runners:
         require_room(runner, max(lengths), decodes)
-    possible = [] if limits is None else [limits]
+    measured: list[Limits] = []
     random, vocabulary = np.random.default_rng(0), min(runner.vocab_size for runner in runners)
     taken: list[dict[int, Times]] = [{length: ([], []) for length in lengths} for _ in runners]
     with (progress or Silent()).task("Measuring", (rounds + 1) * len(lengths) * len(runners)) as advance:
         for number in range(rounds + 1):
             if number and limits is None:
-                possible.append(runners[0].limits(anew=True))
+                measured.append(runners[0].limits(anew=True))
             for length in taken[0]:
                 ids = random.integers(0, vocabulary, length).tolist()
                 for turn in range(len(runners)):
@@ -219,8 +219,7 @@ def in_turns(
                         prefill.append(first)
                         decode += [rest / decodes] if decodes else []
                     advance(1)
-    middle = Limits.middle(possible)
-    measured = possible if limits is None else []
+    middle = limits or Limits.middle(measured)
     return [
         Speeds.of(_speeds(runner, times, decodes, middle), middle, measured)
         for runner, times in zip(runners, taken, strict=True)

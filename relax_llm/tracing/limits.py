@@ -34,7 +34,8 @@ class Limits:
         Raises:
             KeyError, TypeError, ValueError: A field is missing, or no number.
         """
-        return Limits(*(float({"loop": 0.0, **data}[field.name]) for field in fields(Limits)))
+        known = {"loop": 0.0, **data}
+        return Limits(*(float(known[field.name]) for field in fields(Limits)))
 
     def rate(self, products: str) -> float:
         """Operations in a second for products of "f32", "bf16" or "int8"; f32 does what has no instruction."""

@@ -71,15 +71,15 @@ def attend(
     key_scales, value_scales = [], []
     if memory.unpacked is None:
         key, value = operands.keys.at(pair, first_tile), operands.values.at(pair, first_tile)
-        asked = Asked(value, count, T.int64(0)), following(operands.keys)
+        first, second = Asked(value, count, T.int64(0)), following(operands.keys)
     else:
-        asked = following(operands.keys), following(operands.values)
+        first, second = following(operands.keys), following(operands.values)
         slot = b.let("in_block", first_tile - block * (BLOCK // TILE))
         key, value = memory.unpacked.keys(slot), memory.unpacked.values(slot)
         key_scales, value_scales = ([T.address_of(kept[slot * TILE])] for kept in memory.unpacked.scales)
 
-    ahead, *more = vars(asked[0]).values()
-    b.call(products.scores(tile), rows.count, queries, key, ahead, *key_scales, scores, *more, count)
+    asked = [first.left, first.jump]
+    b.call(products.scores(tile), rows.count, queries, key, first.at, *key_scales, scores, *asked, count)
     hidden = rows.earliest - start < count * TILE - 1
     if window:
         hidden = T.Or(hidden, rows.latest - start >= window)
@@ -90,5 +90,5 @@ def attend(
     partial = T.address_of(partials[at, 0])
     b.call(softmax.weights(tile), rows.count, *places, *value_scales, partial, count)
     sums = T.address_of(partials[at, tile.values_at(0)])
-    ahead, *more = vars(asked[1]).values()
-    b.call(products.weighted(tile), rows.count, weights, value, ahead, sums, *more, positions)
+    asked = [second.left, second.jump]
+    b.call(products.weighted(tile), rows.count, weights, value, second.at, sums, *asked, positions)
