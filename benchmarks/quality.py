@@ -1,6 +1,6 @@
 """What a weight format costs in quality: perplexity, and how far the next token's probabilities are from those in f32.
 
-python -m benchmarks.quality [CHECKPOINT] [--tokens 2048] [--weights q8 q4] [--as-it-is] [--json]
+python -m benchmarks.quality [CHECKPOINT] [--tokens 2048] [--weights q8 q4] [--kv-cache q8] [--as-it-is] [--json]
 
 The text is the documentation of modules of Python's standard library, as `pydoc` has it. KL is the mean over its tokens
 of the Kullback-Leibler divergence from the probabilities in f32, in nats; `same` is how often the most likely token is
@@ -29,6 +29,7 @@ import relax_llm as rl
 from benchmarks.variants import as_llama_cpp, off_grid
 from relax_llm.checkpoint import Checkpoint
 from relax_llm.cli.models import default_model
+from relax_llm.compiler.compile import KV_CACHES
 from relax_llm.formats import FORMATS
 
 Array = npt.NDArray[Any]
@@ -81,7 +82,7 @@ def main() -> None:
         exact = _runner(stack, checkpoint, "f32")
         runners = {}
         for weights in options.weights:
-            runners[weights] = _runner(stack, checkpoint, weights)
+            runners[weights] = _runner(stack, checkpoint, weights, options.kv_cache)
             if weights in LLAMA_CPP:
                 kind = LLAMA_CPP[weights]
                 runners[f"llama.cpp's {kind}"] = _runner(stack, as_llama_cpp(checkpoint, kind), "f32")
@@ -117,12 +118,11 @@ def _windows(runner: rl.Runner, tokens: int, context: int) -> Iterator[Array]:
     yield from (ids[start : start + context] for start in range(0, len(ids) - 1, context))
 
 
-def _runner(stack: ExitStack, checkpoint: Checkpoint, weights: str) -> rl.Runner:
+def _runner(stack: ExitStack, checkpoint: Checkpoint, weights: str, kv_cache: str = "auto") -> rl.Runner:
     """Compiled into a directory of its own, which goes with the stack: a cache would keep gigabytes."""
     directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="relax_llm_quality_"))
-    return rl.Runner(
-        rl.compile(checkpoint, weights=weights, output=Path(directory) / "artifact", cache=False)
-    )
+    output = Path(directory) / "artifact"
+    return rl.Runner(rl.compile(checkpoint, weights=weights, kv_cache=kv_cache, output=output, cache=False))
 
 
 def _log_probabilities(runner: rl.Runner, ids: Array, step: int) -> Array:
@@ -155,6 +155,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of the text")
     parser.add_argument("--context", type=int, default=512, help="tokens of a window")
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS, help="formats")
+    parser.add_argument(
+        "--kv-cache", choices=KV_CACHES, default="auto", help="how keys and values are stored, but beside f32"
+    )
     parser.add_argument(
         "--as-it-is", action="store_true", help="leave a quantized checkpoint's numbers alone"
     )

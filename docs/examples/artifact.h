@@ -29,13 +29,13 @@
 namespace ffi = tvm::ffi;
 namespace json = tvm::ffi::json;
 
-constexpr int64_t kFormat = 2;       // of the manifest
+constexpr int64_t kFormat = 3;       // of the manifest
 constexpr size_t kAlignment = 64;    // bytes; what the kernels assume of every tensor's address
 
 struct Cache {
   int64_t kv_heads;
   int64_t head_dim;
-  bool halves;  // bf16, two neighbours along what is summed in a word; else float32
+  std::string format;  // "f32", "bf16" or "q8"
 };
 
 // Memory of a tensor: its own, or a place in the map of the weights, which lives as long as the process.
@@ -111,9 +111,10 @@ struct Artifact {
     for (const ffi::Any& entry : Field<json::Array>(manifest, "caches", path)) {
       json::Object cache = entry.cast<json::Object>();
       std::string stored = Field<ffi::String>(cache, "format", path);
-      if (stored != "f32" && stored != "bf16") Refuse(path, "this program knows no caches in " + stored + ".");
-      caches.push_back(
-          {Field<int64_t>(cache, "kv_heads", path), Field<int64_t>(cache, "head_dim", path), stored == "bf16"});
+      if (stored != "f32" && stored != "bf16" && stored != "q8") {
+        Refuse(path, "this program knows no caches in " + stored + ".");
+      }
+      caches.push_back({Field<int64_t>(cache, "kv_heads", path), Field<int64_t>(cache, "head_dim", path), stored});
     }
     Map(directory + "/weights.safetensors", Field<json::Array>(manifest, "weights", path));
   }

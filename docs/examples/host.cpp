@@ -28,9 +28,11 @@ int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1)
 
 // The keys and values of one sequence in every layer: tensors that grow as tokens come, [1, kv_heads, tiles, ...].
 //
-//        f32                       bf16, kept as its bits
+//        f32                       bf16, kept as its bits, and q8, codes of a byte
 // keys   [..., head_dim, kTile]    [..., head_dim / 2 (rounded up), kTile, 2]
 // values [..., kTile, head_dim]    [..., kTile / 2, head_dim, 2]
+//
+// In q8 two more, the scales of keys and of values: float32 [..., kTile].
 class Caches {
  public:
   Caches(std::vector<Cache> layers, int64_t context_length)
@@ -55,19 +57,31 @@ class Caches {
   void Advance(int64_t count) { length_ += count; }
 
  private:
+  struct Part {
+    std::vector<int64_t> tile;  // its shape
+    const char* dtype;
+  };
+
+  // The tensors of a layer.
+  static std::vector<Part> Parts(const Cache& layer) {
+    int64_t dim = layer.head_dim;
+    if (layer.format == "f32") return {{{dim, kTile}, "float32"}, {{kTile, dim}, "float32"}};
+    std::vector<int64_t> keys = {RoundUp(dim, 2) / 2, kTile, 2}, values = {kTile / 2, dim, 2};
+    if (layer.format == "bf16") return {{keys, "uint16"}, {values, "uint16"}};
+    return {{keys, "int8"}, {values, "int8"}, {{kTile}, "float32"}, {{kTile}, "float32"}};
+  }
+
   void Grow(int64_t capacity) {
     ffi::Array<ffi::Tensor> grown;
     int64_t tiles = capacity / kTile, used = RoundUp(length_, kTile) / kTile, before = capacity_ / kTile;
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      const Cache& layer = layers_[i];
-      for (int which = 0; which < 2; ++which) {
-        int64_t rows = which == 0 ? layer.head_dim : kTile, columns = which == 0 ? kTile : layer.head_dim;
-        std::vector<int64_t> shape = {1, layer.kv_heads, tiles, layer.halves ? RoundUp(rows, 2) / 2 : rows, columns};
-        if (layer.halves) shape.push_back(2);
-        ffi::Tensor tensor = NewTensor(shape, layer.halves ? "uint16" : "float32");
+    for (const Cache& layer : layers_) {
+      for (const Part& part : Parts(layer)) {
+        std::vector<int64_t> shape = {1, layer.kv_heads, tiles};
+        shape.insert(shape.end(), part.tile.begin(), part.tile.end());
+        ffi::Tensor tensor = NewTensor(shape, part.dtype);
         if (used > 0) {
-          int64_t tile = (layer.halves ? RoundUp(rows, 2) * 2 : rows * 4) * columns;  // bytes
-          const char* from = static_cast<const char*>(tensors_[2 * i + which].data_ptr());
+          int64_t tile = ffi::GetDataSize(*tensor.GetDLTensorPtr()) / (layer.kv_heads * tiles);  // bytes
+          const char* from = static_cast<const char*>(tensors_[grown.size()].data_ptr());
           char* to = static_cast<char*>(tensor.data_ptr());
           for (int64_t head = 0; head < layer.kv_heads; ++head) {
             std::copy_n(from + head * before * tile, used * tile, to + head * tiles * tile);

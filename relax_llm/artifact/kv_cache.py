@@ -7,12 +7,12 @@ format   `k_cache`, keys of a tile                   `v_cache`, values of a tile
 =======  ==========================================  ==========================================
 f32      float32 [head_dim, TILE]                    float32 [TILE, head_dim]
 bf16     uint16 [ceil(head_dim / 2), TILE, 2]        uint16 [TILE / 2, head_dim, 2]
-q8       int8 [head_dim, TILE]                       int8 [TILE, head_dim]
+q8       int8 [ceil(head_dim / 2), TILE, 2]          int8 [TILE / 2, head_dim, 2]
 =======  ==========================================  ==========================================
 
 Keys have one position a lane, so that scores are computed for `TILE` positions at once without reducing across lanes;
-values one channel a lane, which is what the weighted sum over positions reads. In bf16 two neighbours along what is
-summed lie in one word, as products of pairs want them: two channels of a key, two positions of a value. The second
+values one channel a lane, which is what the weighted sum over positions reads. In bf16 and q8 two neighbours along what
+is summed lie side by side, as products of pairs want them: two channels of a key, two positions of a value. The second
 channel of the last pair of an odd head_dim is 0.
 
 In q8 two more tensors, `k_scale` and `v_scale`, hold float32 [TILE]: what a position's codes are multiplied by, one
@@ -68,7 +68,7 @@ def cache_tensors(
     outer, dtype = (batch, kv_heads, tiles), CACHE_DTYPES[format]
     keys: tuple[int, ...] = (head_dim, TILE)
     values: tuple[int, ...] = (TILE, head_dim)
-    if format == "bf16":
+    if format != "f32":
         keys, values = (-(-head_dim // 2), TILE, 2), (TILE // 2, head_dim, 2)
     both = (CacheTensor("k_cache", (*outer, *keys), dtype), CacheTensor("v_cache", (*outer, *values), dtype))
     if format != "q8":
@@ -79,31 +79,44 @@ def cache_tensors(
 def encode(format: str, keys: Array, values: Array) -> dict[str, Array]:
     """Keys and values [batch, positions, kv_heads, head_dim] of whole tiles as a cache has them, by tensor."""
     scales: dict[str, Array] = {}
-    if format == "q8":
+    if format == "bf16":
+        keys, values = _bits(keys), _bits(values)
+    elif format == "q8":
         keys, scales["k_scale"] = _codes(keys)
         values, scales["v_scale"] = _codes(values)
-    tiled_keys = _tiles(keys).transpose(0, 3, 1, 4, 2)  # [batch, kv_heads, tiles, head_dim, TILE]
-    tiled_values = _tiles(values).transpose(0, 3, 1, 2, 4)  # [batch, kv_heads, tiles, TILE, head_dim]
-    if format == "bf16":
-        if tiled_keys.shape[3] % 2:
-            tiled_keys = np.concatenate([tiled_keys, np.zeros_like(tiled_keys[:, :, :, :1])], axis=3)
-        tiled_keys = _bits(tiled_keys).reshape(*tiled_keys.shape[:3], -1, 2, TILE).swapaxes(4, 5)
-        pairs = _bits(tiled_values).reshape(*tiled_values.shape[:3], TILE // 2, 2, -1)
-        tiled_values = pairs.swapaxes(4, 5)
-    found = {"k_cache": tiled_keys, "v_cache": tiled_values, **scales}
-    return {name: np.ascontiguousarray(array) for name, array in found.items()}
+    return {**laid(format, keys, values), **scales}
 
 
 def decode(format: str, tensors: Mapping[str, Array], head_dim: int) -> tuple[Array, Array]:
     """The keys and the values in a cache as floats: [batch, positions, kv_heads, head_dim] each."""
-    keys, values = tensors["k_cache"], tensors["v_cache"]
+    keys, values = lifted(format, tensors, head_dim)
     if format == "bf16":
-        pairs = _floats(keys).swapaxes(4, 5)
-        keys = pairs.reshape(*keys.shape[:3], -1, TILE)[:, :, :, :head_dim]
-        values = _floats(values).swapaxes(4, 5).reshape(*values.shape[:3], TILE, -1)
+        return _floats(keys), _floats(values)
     if format == "q8":
-        keys = keys * tensors["k_scale"][:, :, :, None]
-        values = values * tensors["v_scale"][..., None]
+        return keys * _of_positions(tensors["k_scale"]), values * _of_positions(tensors["v_scale"])
+    return keys, values
+
+
+def laid(format: str, keys: Array, values: Array) -> dict[str, Array]:
+    """Elements [batch, positions, kv_heads, head_dim] of whole tiles as `k_cache` and `v_cache` have them."""
+    batch, positions, heads, dim = keys.shape
+    shape = (batch, positions // TILE, TILE, heads, dim)
+    tiled_keys = keys.reshape(shape).transpose(0, 3, 1, 4, 2)  # [batch, kv_heads, tiles, head_dim, TILE]
+    tiled_values = values.reshape(shape).transpose(0, 3, 1, 2, 4)  # [batch, kv_heads, tiles, TILE, head_dim]
+    if format != "f32":
+        if dim % 2:
+            tiled_keys = np.concatenate([tiled_keys, np.zeros_like(tiled_keys[:, :, :, :1])], axis=3)
+        tiled_keys = tiled_keys.reshape(*tiled_keys.shape[:3], -1, 2, TILE).swapaxes(4, 5)
+        tiled_values = tiled_values.reshape(*tiled_values.shape[:3], TILE // 2, 2, -1).swapaxes(4, 5)
+    return {"k_cache": np.ascontiguousarray(tiled_keys), "v_cache": np.ascontiguousarray(tiled_values)}
+
+
+def lifted(format: str, tensors: Mapping[str, Array], head_dim: int) -> tuple[Array, Array]:
+    """The elements of `k_cache` and `v_cache`, as `laid` takes them."""
+    keys, values = tensors["k_cache"], tensors["v_cache"]
+    if format != "f32":
+        keys = keys.swapaxes(4, 5).reshape(*keys.shape[:3], -1, TILE)[:, :, :, :head_dim]
+        values = values.swapaxes(4, 5).reshape(*values.shape[:3], TILE, -1)
     return _positions(keys.transpose(0, 2, 4, 1, 3)), _positions(values.transpose(0, 2, 3, 1, 4))
 
 
@@ -117,9 +130,10 @@ def _codes(array: Array) -> tuple[Array, Array]:
     return codes, scales.reshape(scales.shape[0], -1, TILE, scales.shape[2]).transpose(0, 3, 1, 2)
 
 
-def _tiles(array: Array) -> Array:
-    batch, positions, heads, dim = array.shape
-    return array.reshape(batch, positions // TILE, TILE, heads, dim)
+def _of_positions(scales: Array) -> Array:
+    """[batch, kv_heads, tiles, TILE] as [batch, positions, kv_heads, 1]."""
+    found: Array = scales.reshape(*scales.shape[:2], -1, 1).swapaxes(1, 2)
+    return found
 
 
 def _positions(tiled: Array) -> Array:

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from relax_llm.errors import ArtifactError
 from relax_llm.plan.python_kernel import PythonKernel
 
-FORMAT = 2
+FORMAT = 3
 
 
 CONTENDERS = "contenders"

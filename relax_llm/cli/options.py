@@ -47,7 +47,8 @@ KVCache = Annotated[
     typer.Option(
         "--kv-cache",
         metavar="FORMAT",
-        help="How keys and values are stored: f32, bf16, q8, or auto: f32 beside weights in f32, else bf16.",
+        help="How keys and values are stored: f32, bf16, q8, or auto: f32 beside weights in f32, q8 beside those in q4 "
+        "or q4s, else bf16.",
         rich_help_panel=_MODEL,
     ),
 ]

@@ -62,7 +62,7 @@ def compile(
             docs/formats.md.
         kv_cache: How keys and values are stored: "f32"; "bf16", half of that, where attention may round queries and
             softmax weights to bf16, too; "q8", a quarter, as bytes with a scale for each position; or "auto", f32
-            beside weights in f32 and bf16 beside others.
+            beside weights in f32, q8 beside those in q4 or q4s, and bf16 beside others.
         equalize: Whether to bring channels to like sizes before their weights are stored in groups of few bits, which
             changes nothing that the model computes and makes rounding errors a good deal smaller.
         architecture: A subclass of `relax_llm.layers.Decoder`, or a Python file with one; by default the built-in one

@@ -24,10 +24,13 @@ BLOCKS = {
 
 _TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f32", **BLOCKS, "q4_0": "q4"}
 
+_CACHES = {"f32": "f32", "q4": "q8", "q4s": "q8"}
+"""The formats of caches beside weights: what they cost is to be little beside what the weights have cost."""
+
 
 def kv_cache_for(weights: str, target: str | None = None) -> str:
-    """The format that caches have where nobody says: whole beside whole weights and on a GPU, else half of that."""
-    return "f32" if weights == "f32" or target == "cuda" else "bf16"
+    """The format that caches have where nobody says: that of a GPU is f32."""
+    return "f32" if target == "cuda" else _CACHES.get(weights, "bf16")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
+from tvm import tirx
 from tvm.ir import Call, GlobalVar, PointerType, PrimType
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import PrimFunc
@@ -126,6 +127,7 @@ class Registers:
     def __init__(self, rows: int, vectors: Sequence[tuple[int, int]], dtype: str = "float32") -> None:
         self.rows = rows
         self.vectors = vectors
+        self._dtype = dtype
         self._cells = [[local((lanes,), dtype) for _, lanes in vectors] for _ in range(rows)]
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
@@ -146,7 +148,7 @@ class Registers:
 
     def clear(self) -> None:
         for row, index, _, lanes in self:
-            self.set(row, index, splat(0.0, lanes))
+            self.set(row, index, splat(tirx.const(0, self._dtype), lanes))
 
     def load(self, buffer: Expr, *at: Expr) -> None:
         """Take the values of a matrix, or of one of several, whose first row is the last of the indices `at`."""
@@ -189,7 +191,7 @@ def kept(value: Expr) -> Expr:
 
 
 def splat(value: Expr | float, lanes: int = LANES) -> Expr:
-    """A vector of one f32 value."""
+    """A vector of one value; a number is an f32."""
     scalar = T.float32(value) if isinstance(value, int | float) else value
     return scalar if lanes == 1 else T.broadcast(scalar, lanes)
 

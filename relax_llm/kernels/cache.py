@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from tvm import tirx
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
@@ -16,6 +17,9 @@ from relax_llm.kernels.codes import inverse_of, magnitude, rounded
 from relax_llm.kernels.halves import to_bf16
 from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.problem import Problem, require_positive, tag
+
+Channels = Callable[[int, int], Expr]
+"""Gives neighbouring channels of a key or value, from the first and their number."""
 
 _SERIAL = 1 << 12
 """One core does all up to this many elements."""
@@ -109,8 +113,9 @@ def append(problem: Append, machine: Machine) -> PrimFunc:
         qkv = b.view(qkv_arg, (rows, heads + 2 * kv_heads, dim))
         q = b.view(q_arg, (rows, heads, dim))
         k_cache, v_cache = cache["k_cache"], cache["v_cache"]
-        if problem.cache == "bf16":  # as words of two
-            k_cache, v_cache = (b.view(x, x.shape[:-1], "uint32") for x in (k_cache, v_cache))
+        if problem.cache != "f32":  # as words of two
+            word = f"uint{16 * np.dtype(CACHE_DTYPES[problem.cache]).itemsize}"
+            k_cache, v_cache = (b.view(x, x.shape[:-1], word) for x in (k_cache, v_cache))
         past = b.let("past", kv_len - seq)
         first_tile = b.let("first_tile", past // TILE)
         written = b.let("written", (kv_len + (TILE - 1)) // TILE - first_tile)
@@ -152,18 +157,21 @@ def append(problem: Append, machine: Machine) -> PrimFunc:
                 def channels(start: int, n: int) -> Expr:
                     return b.load(qkv, row, value, start, lanes=n)
 
-                if problem.cache == "bf16":
-                    _append_key(key, k_cache, place, lane, dim)
-                    _append_value(channels, v_cache, (*place, lane // 2), lane % 2, dim)
-                elif problem.cache == "q8":
-                    codes = b.local((LANES * -(-dim // LANES),), "int8")
-                    scale = _encode(lambda start, n: b.load(key, start, lanes=n), codes, (), dim)
-                    b.put(cache["k_scale"], scale, *place, lane)
-                    _scatter(codes, k_cache, place, lane, dim)
-                    b.put(cache["v_scale"], _encode(channels, v_cache, (*place, lane), dim), *place, lane)
-                else:
+                if problem.cache == "f32":
                     _scatter(key, k_cache, place, lane, dim)
                     copied(value, v_cache, (*place, lane))
+                    return
+
+                def stored(side: str, channels: Channels) -> Channels:
+                    if problem.cache == "bf16":
+                        return _as_bf16(channels)
+                    scale, codes = _as_codes(channels, dim)
+                    b.put(cache[f"{side}_scale"], scale, *place, lane)
+                    return codes
+
+                keys = stored("k", lambda start, n: b.load(key, start, lanes=n))
+                _append_key(keys, k_cache, place, lane, dim)
+                _append_value(stored("v", channels), v_cache, (*place, lane // 2), lane % 2, dim)
 
         b.tasks(batch * kv_heads * written, task, serial_if=rows * problem.width <= _SERIAL, name="tile")
 
@@ -176,8 +184,13 @@ def _scatter(key: Expr, k_cache: Expr, tile: tuple[Expr, ...], lane: Expr, dim: 
         b.put(k_cache, key[channel], *tile, channel, lane)
 
 
-def _encode(channels: Callable[[int, int], Expr], target: Expr, at: tuple[Expr, ...], dim: int) -> Expr:
-    """Write the channels of a key or value as codes of q8, and give their scale, not finite where one is not."""
+def _as_bf16(channels: Channels) -> Channels:
+    """Channels rounded to bf16: their bits."""
+    return lambda start, n: T.shift_right(to_bf16(channels(start, n), n), _all("uint32", 16, n))
+
+
+def _as_codes(channels: Channels, dim: int) -> tuple[Expr, Channels]:
+    """The scale of a key or value in q8, not finite where a channel is not, and the bits of its codes."""
     largest = b.local((LANES,), "int32")
     b.store(largest, T.broadcast(T.int32(0), LANES), 0)
     for start, n in b.chunks(dim):
@@ -185,43 +198,50 @@ def _encode(channels: Callable[[int, int], Expr], target: Expr, at: tuple[Expr, 
         b.store(largest, most, 0, lanes=n)
     word = b.let("largest", b.fold(b.load(largest, 0), T.max))
     inverse = b.let("inverse", inverse_of(word, MOST))
-    for start, n in b.chunks(dim):
-        codes = rounded(channels(start, n) * b.splat(inverse, n), n)
-        b.store(target, T.Cast(_typed("int8", n), codes), *at, start, lanes=n)
-    return T.reinterpret("float32", word) / T.float32(MOST)
+
+    def codes(start: int, n: int) -> Expr:
+        return T.Cast(_typed("uint8", n), rounded(channels(start, n) * b.splat(inverse, n), n))
+
+    return T.reinterpret("float32", word) / T.float32(MOST), codes
 
 
-def _append_key(key: Expr, k_cache: Expr, tile: tuple[Expr, ...], lane: Expr, dim: int) -> None:
-    """Write a key, rounded to bf16, to the words of one lane; the channel behind an odd last one is 0."""
-    words = -(-dim // 2)
-    rounded = b.local((2 * LANES * -(-words // LANES),), "uint16")
+def _append_key(key: Channels, k_cache: Expr, tile: tuple[Expr, ...], lane: Expr, dim: int) -> None:
+    """Write the bits of a key to the words of one lane; the channel behind an odd last one is 0."""
+    word, half = _words(k_cache)
+    bits = b.local((2 * -(-dim // 2),), word)
     if dim % 2:
-        b.put(rounded, T.uint16(0), dim)
+        b.put(bits, T.Cast(word, T.int32(0)), dim)
     for start, n in b.chunks(dim):
-        bits = T.shift_right(to_bf16(b.load(key, start, lanes=n), n), _all(16, n))
-        b.store(rounded, T.Cast(_typed("uint16", n), bits), start, lanes=n)
-    with T.serial(words) as word:
-        low, high = (T.Cast("uint32", rounded[2 * word + which]) for which in range(2))
-        b.put(k_cache, T.bitwise_or(low, T.shift_left(high, T.uint32(16))), *tile, word, lane)
+        b.store(bits, T.Cast(_typed(word, n), key(start, n)), start, lanes=n)
+    with T.serial(-(-dim // 2)) as index:
+        low, high = (bits[2 * index + which] for which in range(2))
+        b.put(k_cache, T.bitwise_or(low, T.shift_left(high, _all(word, half))), *tile, index, lane)
 
 
-def _append_value(
-    value: Callable[[int, int], Expr], v_cache: Expr, at: tuple[Expr, ...], odd: Expr, dim: int
-) -> None:
-    """Write a value, rounded to bf16, to one half of each of its words; the other position's half stays."""
+def _append_value(value: Channels, v_cache: Expr, at: tuple[Expr, ...], odd: Expr, dim: int) -> None:
+    """Write the bits of a value to one half of each of its words; the other position's half stays."""
+    word, half = _words(v_cache)
+    low = (1 << half) - 1
 
     def write(*, second: bool) -> None:
         for start, n in b.chunks(dim):
-            new, old = to_bf16(value(start, n), n), b.load(v_cache, *at, start, lanes=n)
-            kept = T.bitwise_and(old, _all(0x0000FFFF if second else 0xFFFF0000, n))
-            placed = new if second else T.shift_right(new, _all(16, n))
+            new, old = T.Cast(_typed(word, n), value(start, n)), b.load(v_cache, *at, start, lanes=n)
+            kept = T.bitwise_and(old, _all(word, low if second else low << half, n))
+            placed = T.shift_left(new, _all(word, half, n)) if second else new
             b.store(v_cache, T.bitwise_or(kept, placed), *at, start, lanes=n)
 
     b.either(odd == 1, lambda: write(second=True), lambda: write(second=False))
 
 
-def _all(value: int, lanes: int) -> Expr:
-    return T.uint32(value) if lanes == 1 else T.broadcast(T.uint32(value), lanes)
+def _words(cache: Expr) -> tuple[str, int]:
+    """The type of a cache's words of two, and the bits of one."""
+    word = str(cache.dtype)
+    return word, 4 * np.dtype(word).itemsize
+
+
+def _all(dtype: str, value: int, lanes: int = 1) -> Expr:
+    one = tirx.const(value, dtype)
+    return one if lanes == 1 else T.broadcast(one, lanes)
 
 
 def _typed(dtype: str, lanes: int) -> str:

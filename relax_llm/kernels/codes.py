@@ -25,6 +25,11 @@ def inverse_of(largest: Expr, most: float, lanes: int = 1) -> Expr:
     return tirx.Select(largest < _splat(_LEAST, lanes), _floats(0.0, lanes), _floats(most, lanes) / value)
 
 
+def scale_of(largest: Expr, most: int) -> Expr:
+    """The bits of the f32 that whole numbers up to `most` are multiplied by to become up to a magnitude."""
+    return as_integers(tirx.reinterpret("float32", largest) * tirx.const(1 / most, "float32"), 1)
+
+
 def power_of(largest: Expr, most: float, lanes: int = 1) -> Expr:
     """The bits of the smallest power of two that numbers up to a magnitude are at most `most` times as large as.
 

@@ -18,12 +18,11 @@ def pair_of_bf16(words: Expr, which: int, lanes: int = 1) -> Expr:
     return tirx.reinterpret(_kind("float32", lanes), bits)
 
 
-def pair_of_floats(low: Expr, high: Expr | None, lanes: int = 1) -> Expr:
-    """The word, int32, of two f32 that bf16 holds exactly; the second is 0 where there is none."""
-    word = tirx.reinterpret(_kind("uint32", lanes), low) >> _const(16, lanes)
-    if high is not None:
-        word = word | (tirx.reinterpret(_kind("uint32", lanes), high) & _const(0xFFFF0000, lanes))
-    return tirx.reinterpret(_kind("int32", lanes), word)
+def pair_of_integers(words: Expr, which: int, lanes: int = 1) -> Expr:
+    """The first or second whole number of two bytes in each word, int32."""
+    sixteen = tirx.const(16, "int32")
+    shift = tirx.Broadcast(sixteen, lanes) if lanes > 1 else sixteen
+    return (words if which else words << shift) >> shift
 
 
 def to_bf16(value: Expr, lanes: int = 1) -> Expr:

@@ -16,7 +16,7 @@ BF16 = frozenset({"avx512_bf16"})
 """What a processor needs for the instructions over bf16."""
 
 INT8 = frozenset({"avx512_vnni"})
-"""What it needs for those over bytes."""
+"""What it needs for those over bytes, and over whole numbers of two bytes."""
 
 _DOT, _ROUND = "relax_llm_dot_bf16", "relax_llm_round_bf16"
 
@@ -72,6 +72,24 @@ def dot_int8(total: Expr, unsigned: Expr, signed: Expr) -> Expr:
         total,
         T.reinterpret(quads, unsigned),
         T.reinterpret(quads, signed),
+    )
+
+
+def dot_int16(total: Expr, one: Expr, other: Expr) -> Expr:
+    """In each of 16 lanes: total plus the two products of the whole numbers of two bytes in two words.
+
+    Args:
+        total: int32x16.
+        one: 16 words.
+        other: As many others.
+    """
+    pairs = f"int16x{2 * LANES}"
+    return T.call_llvm_pure_intrin(
+        f"int32x{LANES}",
+        "llvm.x86.avx512.vpdpwssd.512",
+        total,
+        T.reinterpret(pairs, one),
+        T.reinterpret(pairs, other),
     )
 
 

@@ -72,15 +72,16 @@ def test_it_continues_as_the_runner_does(
     assert [int(token) for token in done.stdout.split()] == _greedy(rl.Runner(artifact), prompt, count)
 
 
-def test_caches_of_half_the_size(program: Path, checkpoint: Path, tmp_path: Path) -> None:
-    """Through their growth, which copies tiles of words."""
-    halves = rl.compile(
-        checkpoint, output=tmp_path / "halves", target=PLAIN, kv_cache="bf16", selection="pinned"
+@pytest.mark.parametrize("format", ["bf16", "q8"])
+def test_smaller_caches(program: Path, checkpoint: Path, tmp_path: Path, format: str) -> None:
+    """Through their growth, which copies tiles of words, and scales."""
+    smaller = rl.compile(
+        checkpoint, output=tmp_path / "smaller", target=PLAIN, kv_cache=format, selection="pinned"
     )
-    prompt = np.random.default_rng(0).integers(0, halves.manifest.vocab_size, 61).tolist()
-    done = _run(program, halves.path, 80, *prompt)
+    prompt = np.random.default_rng(0).integers(0, smaller.manifest.vocab_size, 61).tolist()
+    done = _run(program, smaller.path, 80, *prompt)
     assert done.returncode == 0, done.stderr
-    assert [int(token) for token in done.stdout.split()] == _greedy(rl.Runner(halves), prompt, 80)
+    assert [int(token) for token in done.stdout.split()] == _greedy(rl.Runner(smaller), prompt, 80)
 
 
 def test_mistakes_are_answered_with_a_sentence(program: Path, artifact: rl.Artifact, tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_damaged_artifacts_are_refused(program: Path, artifact: rl.Artifact, tmp
     os.truncate(damaged("cut") / weights, (artifact.path / weights).stat().st_size - 8)
     (damaged("library") / "lib.so").unlink()
     for name, says in (
-        ("format", "the artifact has format 9, but this program reads format 2."),
+        ("format", "the artifact has format 9, but this program reads format 3."),
         ("field", "the field 'caches' is missing"),
         ("type", "the field 'vocab_size' has another type"),
         ("shape", "differs from the manifest"),

@@ -46,7 +46,7 @@ MACHINES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "an unknown processor": (_set("target", "riscv64"), r"was compiled for riscv64"),
     "another TVM": (_set("versions", {"apache-tvm": "0.1.0"}), r"compiled with apache-tvm 0\.1\.0, but"),
     "no TVM": (_set("versions", {}), r"compiled with apache-tvm None, but"),
-    "another format": (_set("format", 1), r"manifest\.json: the artifact has format 1, but .* format 2"),
+    "another format": (_set("format", 1), r"manifest\.json: the artifact has format 1, but .* format 3"),
     "a format of text": (_set("format", "1"), r"has format '1'"),
     "no format": (lambda data: data.pop("format"), r"manifest\.json: .*format"),
 }

@@ -250,6 +250,29 @@ def test_what_a_query_does_not_see_does_not_reach_it(on: str, cache: str) -> Non
 
 
 @machines
+@caches
+def test_a_value_that_is_no_number_reaches_who_sees_it(on: str, cache: str) -> None:
+    problem = _problem((3, 1), 20, cache=cache)
+    q, keys, values = _operands(problem, 1, 130, 130)
+    values[0, 70, 0, 3] = np.nan
+    out = _run(problem, on, q, keys, values).reshape(130, 3, 20)
+    assert np.isnan(out[70:, :, 3]).all()
+
+
+@machines
+@pytest.mark.parametrize("head_dim", [64, 640])
+def test_sums_of_whole_numbers_do_not_overflow(on: str, head_dim: int) -> None:
+    """All products of a score at their largest, and all those of a sum of values."""
+    problem = Attention(2, 1, head_dim, 1e-3 / head_dim, cache="q8")
+    ones = np.ones((1, 140, 1, head_dim), np.float32)
+    for seq in (1, 20):
+        for sign in (1, -1):
+            q = np.full((1, seq, 2, head_dim), 3.0, np.float32)
+            out = _run(problem, on, q, sign * ones, sign * ones)
+            np.testing.assert_allclose(out, np.full_like(out, sign), rtol=2e-4)
+
+
+@machines
 def test_a_window_forgets(on: str) -> None:
     problem = _problem((3, 1), 20, window=9)
     q, keys, values = _operands(problem, 1, 1, 130)

@@ -93,7 +93,8 @@ def test_states_are_cut_back_and_copied(checkpoints: dict[str, Path], format: st
 
 def test_the_format_that_nobody_asked_for() -> None:
     assert kv_cache_for("f32") == "f32"
-    assert [kv_cache_for(weights) for weights in ("bf16", "f16", "q8", "q6", "q4", "q4s")] == ["bf16"] * 6
+    assert [kv_cache_for(weights) for weights in ("bf16", "f16", "q8", "q6")] == ["bf16"] * 4
+    assert [kv_cache_for(weights) for weights in ("q4", "q4s")] == ["q8"] * 2
     assert kv_cache_for("q4", "cuda") == "f32"
 
 

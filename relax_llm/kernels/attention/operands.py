@@ -15,7 +15,7 @@ from relax_llm.kernels.machine import Machine
 
 @dataclass(frozen=True)
 class Stored:
-    """Keys or values in their cache.
+    """Keys or values in their cache, or their scales.
 
     Attributes:
         matrix: [pairs, elements].
@@ -58,7 +58,7 @@ class Operands:
         q: [batch, seq, heads, head_dim].
         keys: Of each pair.
         values: Of each pair.
-        scales: Of keys and of values, [pairs, positions]; none where the caches have none.
+        scales: Of keys and of values; none where the caches have none.
         out: [batch, seq, heads, head_dim].
         rows: Rows of a pair.
         past: Positions before those of the queries.
@@ -75,7 +75,7 @@ class Operands:
     q: Expr
     keys: Stored
     values: Stored
-    scales: list[Expr]
+    scales: list[Stored]
     out: Expr
     rows: Expr
     past: Expr
@@ -100,7 +100,11 @@ class Operands:
             Stored(b.view(cache[name], (pairs, tiles * elements), tile.stored), elements)
             for name, elements in (("k_cache", tile.stored_keys), ("v_cache", tile.stored_values))
         )
-        scales = [b.view(cache[name], (pairs, tiles * TILE)) for name in cache if name.endswith("scale")]
+        scales = [
+            Stored(b.view(cache[name], (pairs, tiles * TILE)), TILE)
+            for name in cache
+            if name.endswith("scale")
+        ]
         rows, past = b.let("rows", seq * problem.group), b.let("past", kv_len - seq)
         row_tiles = b.let("row_tiles", ceil_div(seq * problem.group, tile.rows))
         first_block = T.int64(0)
@@ -127,10 +131,10 @@ class Operands:
         )
 
     def following(self, stored: Stored, pair: Expr, tile: Expr, begin: Expr) -> Asked:
-        """What is asked for of keys or values: what is a block ahead where one pair's tiles follow those of another.
+        """What is asked for of a cache: what is a block ahead where one pair's tiles follow those of another.
 
         Args:
-            stored: Keys or values.
+            stored: Keys, values, or scales.
             pair: Whose tiles are worked on.
             tile: The first of these.
             begin: The first position that is seen.

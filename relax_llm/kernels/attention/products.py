@@ -13,9 +13,9 @@ from relax_llm.artifact.kv_cache import TILE
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.attention.tile import BLOCK, FAR, Tile
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.halves import pair_of_bf16
+from relax_llm.kernels.halves import pair_of_bf16, pair_of_integers
 from relax_llm.kernels.inner import inner, memory, number, pointer
-from relax_llm.kernels.intrinsics import dot_bf16, imported
+from relax_llm.kernels.intrinsics import dot_bf16, dot_int16, imported
 from relax_llm.kernels.machine import LANES
 from relax_llm.kernels.matmul.shape import tile_for
 
@@ -53,24 +53,24 @@ def scores(tile: Tile) -> ir.GlobalVar:
         scales = memory(scales_at[0], (FAR, TILE)) if scales_at else None
         queries = memory(queries_at, (rows, tile.query_factors), tile.factors)
         out = memory(out_at, (rows, BLOCK))
-        keys = memory(keys_at, (FAR, steps, TILE), tile.words)
+        keys = memory(keys_at, (FAR, steps, tile.word * TILE), tile.stored)
 
         def some(first: Expr, vectors: int) -> None:
-            acc = b.Registers(rows, b.chunks(vectors * TILE))
+            acc = b.Registers(rows, b.chunks(vectors * TILE), tile.sums)
             waiting = range(vectors if _waits(tile, rows) else 0)
             beyond = [b.let("beyond", _beyond(first + t < left, jump)) for t in waiting]
 
-            def step(channel: Expr) -> None:
+            def step(channel: Expr, turn: int) -> None:
                 for t in waiting:
-                    _ask(tile, ahead_at, ((first + t) * steps + channel) * TILE, beyond[t])
+                    _ask(tile, ahead_at, ((first + t) * steps + channel) * TILE, beyond[t], turn)
                 for r, t, _, lanes in acc:
-                    word = b.load(keys, first + t, channel, 0)
+                    word = _words(tile, keys, first + t, channel, 0)
                     acc.set(r, t, _plus(tile, acc.get(r, t), queries, r, channel, word, lanes))
 
             acc.clear()
             _in_turns(T.int64(steps), step)
             for r, t, _, _ in acc:
-                score = acc.get(r, t)
+                score = _result(tile, acc.get(r, t), queries, r)
                 if scales is not None:
                     score = score * b.load(scales, first + t, 0)
                 b.store(out, score, r, (first + t) * TILE)
@@ -85,7 +85,7 @@ def scores(tile: Tile) -> ir.GlobalVar:
 
     pointers = {
         "queries": tile.factors,
-        "keys": tile.words,
+        "keys": tile.stored,
         "ahead": tile.stored,
         **({"scales": "float32"} if tile.codes else {}),
         "scores": "float32",
@@ -116,31 +116,34 @@ def weighted(tile: Tile) -> ir.GlobalVar:
     ) -> None:
         weights = memory(weights_at, (rows, tile.weight_factors), tile.factors)
         out = memory(out_at, (rows, tile.dim))
-        values = memory(values_at, (FAR, tile.dim), tile.words)
+        values = memory(values_at, (FAR, tile.word * tile.dim), tile.stored)
 
         def some(first: Expr, vectors: list[tuple[int, int]]) -> None:
-            acc = b.Registers(rows, vectors)
+            acc = b.Registers(rows, vectors, tile.sums)
 
-            def step(position: Expr, *, single: bool = False) -> None:
+            def step(position: Expr, turn: int = 0, *, single: bool = False) -> None:
                 if _waits(tile, rows):
                     beyond = b.let("beyond", _beyond(position < left * steps, jump))
-                    for start, _ in vectors:
-                        _ask(tile, ahead_at, position * tile.dim + first + start, beyond)
+                    for index, (start, _) in enumerate(vectors):
+                        _ask(tile, ahead_at, position * tile.dim + first + start, beyond, index)
                 for r, i, start, lanes in acc:
-                    value = b.load(values, position, first + start, lanes=lanes)
+                    value = _words(tile, values, position, first + start, lanes=lanes)
                     total = _plus(tile, acc.get(r, i), weights, r, position, value, lanes, single=single)
                     acc.set(r, i, total)
 
             acc.clear()
-            if tile.halves:
+            if tile.codes:  # behind an odd last position are a weight of 0 and some code
+                _in_turns(b.let("pairs", T.truncdiv(positions + 1, T.int64(2))), step)
+            elif tile.halves:
                 pairs = b.let("pairs", T.truncdiv(positions, T.int64(2)))
                 _in_turns(pairs, step)
-                with b.when(positions > 2 * pairs):  # what lies in the other half is not known
+                with b.when(positions > 2 * pairs):  # what lies in the other half may be no number
                     step(pairs, single=True)
             else:
                 _in_turns(positions, step)
             for r, i, start, lanes in acc:
-                b.store(out, acc.get(r, i), r, first + start, lanes=lanes)
+                total = _result(tile, acc.get(r, i), weights, r, lanes)
+                b.store(out, total, r, first + start, lanes=lanes)
 
         wide = _wide(tile, rows) * LANES
         if tile.dim // wide:
@@ -149,7 +152,7 @@ def weighted(tile: Tile) -> ir.GlobalVar:
         if tile.dim % wide:
             some(T.int64(tile.dim // wide * wide), b.chunks(tile.dim % wide))
 
-    pointers = {"weights": tile.factors, "values": tile.words, "ahead": tile.stored, "sums": "float32"}
+    pointers = {"weights": tile.factors, "values": tile.stored, "ahead": tile.stored, "sums": "float32"}
     return _by_height(tile, "attention_weighted", pointers, emit)
 
 
@@ -175,7 +178,7 @@ def _by_height(tile: Tile, name: str, pointers: Mapping[str, str], emit: Callabl
     def one(rows: int) -> ir.GlobalVar:
         def body() -> None:
             given = declared()
-            with imported() if tile.pairs else nullcontext():
+            with imported() if tile.bf16 else nullcontext():
                 emit(rows, *given)
 
         return inner(f"{tile.named(name)}_rows{rows}", (tile.machine,), body, entry=False)
@@ -226,11 +229,36 @@ def _plus(
         return total + b.splat(factors[row, step], lanes) * word
     if tile.pairs and lanes == LANES:  # the instruction has one length
         known = T.bitwise_and(word, T.broadcast(T.int32(0xFFFF), lanes)) if single else word
-        return dot_bf16(total, known, T.broadcast(factors[row, step], lanes))
+        pairs = T.broadcast(factors[row, step], lanes)
+        return dot_int16(total, known, pairs) if tile.integers else dot_bf16(total, known, pairs)
+    widened = pair_of_integers if tile.codes else pair_of_bf16
     for which in range(1 if single else 2):
-        factor = pair_of_bf16(factors[row, step], which) if tile.pairs else factors[row, 2 * step + which]
-        total = total + b.splat(factor, lanes) * pair_of_bf16(word, which, lanes)
+        factor = widened(factors[row, step], which) if tile.pairs else factors[row, 2 * step + which]
+        other = widened(word, which, lanes)
+        if tile.codes and not tile.integers:
+            other = T.Cast(_typed("float32", lanes), other)
+        total = total + b.splat(factor, lanes) * other
     return total
+
+
+def _words(tile: Tile, stored: Expr, *at: Expr, lanes: int = LANES) -> Expr:
+    """Words of a cache: of codes, each in two bytes."""
+    if not tile.codes:
+        return b.load(stored, *at, lanes=lanes)
+    codes = b.load(stored, *at[:-1], tile.word * at[-1], lanes=tile.word * lanes)
+    return T.reinterpret(_typed("int32", lanes), T.Cast(f"int16x{tile.word * lanes}", codes))
+
+
+def _result(tile: Tile, total: Expr, factors: Expr, row: int, lanes: int = LANES) -> Expr:
+    """A vector of sums as f32: those of whole numbers times the scale that lies behind a row's factors."""
+    if not tile.integers:
+        return total
+    scale = T.reinterpret("float32", factors[row, factors.shape[1] - LANES])
+    return T.Cast(_typed("float32", lanes), total) * b.splat(scale, lanes)
+
+
+def _typed(dtype: str, lanes: int) -> str:
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
 
 
 def _wide(tile: Tile, rows: int) -> int:
@@ -250,17 +278,25 @@ def _beyond(here: Expr, jump: Expr) -> Expr:
     return T.Select(here, T.int64(0), jump)
 
 
-def _ask(tile: Tile, ahead: Expr, word: Expr, beyond: Expr) -> None:
-    """Emit what asks for a word from an address in a cache on, or for the codes that it will be, so much further."""
-    codes = 2 if tile.codes and tile.halves else 1
-    b.prefetch(memory(ahead, (FAR,), tile.stored), word * codes + beyond)
+def _ask(tile: Tile, ahead: Expr, word: Expr, beyond: Expr, index: int) -> None:
+    """Emit what asks for a vector of words from an address in a cache on, so much further; of one line once.
+
+    Args:
+        tile: What is multiplied.
+        ahead: The address.
+        word: The first of the words behind it.
+        beyond: How many elements further.
+        index: Of the vector among neighbours.
+    """
+    if index % tile.word == 0:
+        b.prefetch(memory(ahead, (FAR,), tile.stored), word * tile.word + beyond)
 
 
-def _in_turns(count: Expr, step: Callable[[Expr], None]) -> None:
-    """Emit a loop over steps, some of them in a turn."""
+def _in_turns(count: Expr, step: Callable[[Expr, int], None]) -> None:
+    """Emit a loop over steps, some of them in a turn: each is told which of these it is."""
     turns = b.let("turns", T.truncdiv(count, T.int64(_UNROLL)))
     with T.serial(turns) as turn:
         for u in range(_UNROLL):
-            step(turn * _UNROLL + u)
+            step(turn * _UNROLL + u, u)
     with T.serial(count - turns * _UNROLL) as rest:
-        step(turns * _UNROLL + rest)
+        step(turns * _UNROLL + rest, 0)

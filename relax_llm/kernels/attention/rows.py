@@ -1,6 +1,7 @@
 """A tile of rows in a launch: what it sees, the queries that it takes, and the results that it leaves."""
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm.tirx.script.builder import ir as T
@@ -8,8 +9,9 @@ from tvm.tirx.script.builder import ir as T
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.attention.operands import Operands, floor_div
 from relax_llm.kernels.attention.products import computed
-from relax_llm.kernels.attention.tile import BLOCK
+from relax_llm.kernels.attention.tile import BLOCK, Tile
 from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.codes import inverse_of, magnitude, rounded, scale_of
 from relax_llm.kernels.intrinsics import imported, round_bf16
 from relax_llm.kernels.machine import LANES
 
@@ -84,6 +86,9 @@ def _take_row(operands: Operands, place: tuple[Expr, ...], queries: Expr, at: Ex
         if tile.query_factors > dim:
             b.put(queries, T.float32(0), at, first + dim)
         return
+    if tile.integers:
+        _encode(tile, query, queries, at, first)
+        return
     whole = b.local((2 * tile.query_factors,))
     for start in range(0, 2 * tile.query_factors, LANES):
         n = min(LANES, dim - start)
@@ -95,6 +100,23 @@ def _take_row(operands: Operands, place: tuple[Expr, ...], queries: Expr, at: Ex
         for word in range(0, tile.query_factors, LANES):
             low, high = (b.load(whole, 2 * word + half) for half in (0, LANES))
             b.store(queries, round_bf16(low, high), at, first + word)
+
+
+def _encode(tile: Tile, query: Callable[[int, int], Expr], queries: Expr, at: Expr, first: Expr) -> None:
+    """Write a query as whole numbers of two bytes from `first` on, and their scale behind them."""
+    most = b.local((LANES,), "int32")
+    b.store(most, T.broadcast(T.int32(0), LANES), 0)
+    for start, n in b.chunks(tile.dim):
+        b.store(most, T.max(b.load(most, 0, lanes=n), magnitude(query(start, n), n)), 0, lanes=n)
+    largest = b.let("largest", b.fold(b.load(most, 0), T.max))
+    b.put(queries, scale_of(largest, tile.most), at, first + (tile.query_factors - LANES))
+    inverse = b.let("inverse", inverse_of(largest, tile.most))
+    whole = b.view(queries, (queries.shape[0], 2 * queries.shape[1]), "int16")
+    for start, n in b.chunks(tile.dim):
+        codes = rounded(query(start, n) * b.splat(inverse, n), n)
+        b.store(whole, T.Cast("int16" if n == 1 else f"int16x{n}", codes), at, 2 * first + start, lanes=n)
+    if tile.dim % 2:
+        b.put(whole, T.int16(0), at, 2 * first + tile.dim)
 
 
 def finish(operands: Operands, rows: Rows, partials: Expr, at: Expr) -> None:

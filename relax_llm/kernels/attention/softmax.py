@@ -13,6 +13,7 @@ from relax_llm.artifact.kv_cache import TILE
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.attention.tile import BLOCK, Tile
 from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.codes import inverse_of, magnitude, rounded, scale_of
 from relax_llm.kernels.inner import inner, memory, number, pointer
 from relax_llm.kernels.intrinsics import imported, round_bf16
 from relax_llm.kernels.machine import LANES
@@ -65,9 +66,9 @@ def weights(tile: Tile) -> ir.GlobalVar:
 
         weights(height, scores [height, BLOCK], (words [height, BLOCK / 2]), (scales), partial, tiles)
 
-    The largest scores and the sums of weights go to the partial. Weights take the place of the scores; as pairs of bf16
-    they are written to `words`, and the sum is that of the weights before rounding. Codes have `scales`, by which the
-    weights are multiplied, but not those in the sum; they must be numbers for an even number of tiles.
+    The largest scores and the sums of weights go to the partial. Weights take the place of the scores; as pairs they
+    are written to `words`, and the sum is that of the weights before rounding. Codes have `scales`, by which the
+    weights are multiplied, but not those in the sum; where a row does not see the position, its scale may be anything.
     """
 
     def emit() -> None:
@@ -78,6 +79,7 @@ def weights(tile: Tile) -> ir.GlobalVar:
         scores, partial = memory(scores_at, (tile.rows, BLOCK)), memory(partial_at, (tile.partial,))
         words = memory(words_at, (tile.rows, tile.weight_factors), tile.factors) if tile.pairs else None
         scales = memory(scales_at, (BLOCK,)) if tile.codes else None
+        scale_at = tile.weight_factors - LANES
 
         def largest(r: Expr, count: int) -> None:
             top = b.local((LANES,))
@@ -87,22 +89,38 @@ def weights(tile: Tile) -> ir.GlobalVar:
             b.put(partial, b.fold(b.load(top, 0), T.max), r)
 
         def weigh(r: Expr, count: int) -> None:
-            top, total = b.let("top", partial[r]), b.local((LANES,))
+            top, total, most = b.let("top", partial[r]), b.local((LANES,)), b.local((LANES,), "int32")
             b.store(total, b.splat(0.0), 0)
             found = []
             for at in range(0, count * TILE, LANES):
-                weight = b.let("weight", exp_nonpositive(b.load(scores, r, at) - b.splat(top)))
+                score = b.load(scores, r, at)
+                weight = b.let("weight", exp_nonpositive(score - b.splat(top)))
                 b.store(total, b.load(total, 0) + weight, 0)
                 if scales is not None:
-                    weight = b.let("scaled", weight * b.load(scales, at))
+                    last = T.min(T.int64(at), (tiles - 1) * TILE) if at == (count - 1) * TILE else at
+                    scaled = T.Select(score > b.splat(_LOWEST), weight * b.load(scales, last), b.splat(0.0))
+                    weight = b.let("scaled", scaled)
+                if tile.integers:
+                    size = magnitude(weight)
+                    b.store(most, T.max(b.load(most, 0), size) if at else size, 0)
                 found.append(weight)
-                if words is None:
+                if not tile.bf16:
                     b.store(scores, weight, r, at)
                 elif at % (2 * LANES):
                     b.store(words, round_bf16(*found[-2:]), r, at // (2 * LANES) * LANES)
             b.store(partial, b.load(total, 0), tile.weights_at(r))
+            if tile.integers:
+                b.store(words, b.load(most, 0), r, scale_at)
 
-        with imported() if tile.pairs else nullcontext():
+        def encode(r: Expr, count: int) -> None:
+            largest = b.let("largest", b.fold(b.load(words, r, scale_at), T.max))
+            b.put(words, scale_of(largest, tile.most), r, scale_at)
+            inverse = b.let("inverse", inverse_of(largest, tile.most))
+            for at in range(0, count * TILE, LANES):
+                codes = T.Cast(f"int16x{LANES}", rounded(b.load(scores, r, at) * b.splat(inverse)))
+                b.store(words, T.reinterpret(f"int32x{LANES // 2}", codes), r, at // 2, lanes=LANES // 2)
+
+        with imported() if tile.bf16 else nullcontext():
             b.store(partial, b.splat(_LOWEST), 0)
             odd = b.let("odd", T.truncmod(tiles, T.int64(_PAIR)))
             with b.when(odd != 0), T.serial(height) as r:
@@ -114,6 +132,9 @@ def weights(tile: Tile) -> ir.GlobalVar:
                         largest(r, count)
                     with T.serial(height) as r:
                         weigh(r, count)
+                    if tile.integers:
+                        with T.serial(height) as r:
+                            encode(r, count)
 
     return inner(tile.named("attention_weights"), (tile.machine,), emit, entry=True)
 

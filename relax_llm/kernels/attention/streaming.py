@@ -76,8 +76,6 @@ def _through_all_blocks(operands: Operands) -> None:
         first, last = b.let("first", floor_div(begin, BLOCK)), b.let("last", floor_div(latest, BLOCK))
         with T.serial(last + 1 - first) as number:
             block = b.let("block", first + number)
-            if memory.unpacked:
-                memory.unpacked.fill(operands, pair, block, begin, latest)
             with T.serial(own) as i:
                 rows = rows_of(operands, pair, start + i)
                 with b.when(rows.sees(block)):
@@ -111,8 +109,6 @@ def _each_block_alone(operands: Operands) -> None:
         rows = rows_of(operands, pair, index - pair_block * row_tiles)
         with b.when(rows.sees(block)):
             take(operands, rows, memory.queries, T.int64(0))
-            if memory.unpacked:
-                memory.unpacked.fill(operands, pair, block, rows.begin, rows.latest)
             attend(operands, rows, block, T.address_of(memory.queries[0, 0]), memory, partials, index)
 
     def merge(index: Expr) -> None:

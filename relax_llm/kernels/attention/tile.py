@@ -6,9 +6,9 @@ relative to it, and the sum of the values by these weights.
 
 from dataclasses import dataclass
 
-from relax_llm.artifact.kv_cache import TILE
+from relax_llm.artifact.kv_cache import MOST, TILE
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.intrinsics import BF16
+from relax_llm.kernels.intrinsics import BF16, INT8
 from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.matmul.shape import tile_for
 
@@ -19,15 +19,19 @@ FAR = 1 << 20
 """How much lies at an address, for a function that does not know it."""
 
 
+def most_of(dim: int) -> int:
+    """The largest whole number that the queries and weights of such heads become: sums of products have four bytes."""
+    return min(2**15 - 1, (2**31 - 1) // (MOST * max(dim, BLOCK)))
+
+
 @dataclass(frozen=True)
 class Tile:
     """A tile of rows, which are queries of heads that share a key head.
 
-    A cache in bf16 is read as words of two: two channels of a key, two positions of a value. Where the processor
-    multiplies pairs of bf16, queries and weights are rounded to such words, too; else words are widened.
-
-    Codes of q8 are unpacked to words first, once for all tiles of a task: to pairs of bf16, which hold them exactly,
-    or to f32. Their scales are left to the scores, and to the weights.
+    Caches in bf16 and q8 are read as words of two: two channels of a key, two positions of a value. Where the processor
+    multiplies such pairs, queries and weights become pairs, too: of bf16, or, beside codes, of whole numbers of two
+    bytes, with a scale for each row; else words are widened. Scales of codes are left to the scores, which keys' are
+    multiplied into, and to the weights, which values' are.
 
     Attributes:
         dim: Channels of a head.
@@ -46,48 +50,53 @@ class Tile:
 
     @property
     def codes(self) -> bool:
-        """Whether the caches are unpacked before they are multiplied, and have scales."""
+        """Whether the caches are whole numbers, and have scales."""
         return self.cache == "q8"
 
     @property
     def halves(self) -> bool:
         """Whether what is multiplied are words of two."""
-        return self.cache == "bf16" or (self.codes and self.machine.features >= BF16)
+        return self.cache != "f32"
 
     @property
     def pairs(self) -> bool:
         """Whether pairs are multiplied as they are."""
-        return self.halves and self.machine.features >= BF16
+        return self.halves and self.machine.features >= (INT8 if self.codes else BF16)
 
     @property
-    def words(self) -> str:
-        """Type of what is multiplied with queries and weights."""
-        return "int32" if self.halves else "float32"
+    def integers(self) -> bool:
+        """Whether pairs are whole numbers; then sums are, and queries and weights have a scale for each row."""
+        return self.pairs and self.codes
 
     @property
-    def key_words(self) -> int:
-        """Words of a tile of keys."""
-        return TILE * (-(-self.dim // 2) if self.halves else self.dim)
+    def bf16(self) -> bool:
+        """Whether pairs are bf16."""
+        return self.pairs and not self.codes
 
     @property
-    def value_words(self) -> int:
-        """Words of a tile of values."""
-        return TILE * self.dim // (2 if self.halves else 1)
+    def sums(self) -> str:
+        """Type of the sums of products."""
+        return "int32" if self.integers else "float32"
 
     @property
     def stored(self) -> str:
         """Type of what the caches are read as."""
-        return "int8" if self.codes else self.words
+        return "int8" if self.codes else "int32" if self.halves else "float32"
+
+    @property
+    def word(self) -> int:
+        """Elements of this type that a word has: what a lane multiplies at once."""
+        return 2 if self.codes else 1
 
     @property
     def stored_keys(self) -> int:
         """Elements of a tile of keys in its cache."""
-        return TILE * self.dim if self.codes else self.key_words
+        return self.word * TILE * (-(-self.dim // 2) if self.halves else self.dim)
 
     @property
     def stored_values(self) -> int:
         """Elements of a tile of values in its cache."""
-        return TILE * self.dim if self.codes else self.value_words
+        return self.word * TILE * self.dim // (2 if self.halves else 1)
 
     @property
     def factors(self) -> str:
@@ -96,15 +105,20 @@ class Tile:
 
     @property
     def query_factors(self) -> int:
-        """Factors of a query: as many as there are in a key, or in whole vectors of pairs."""
+        """Factors of a query: as many as there are in a key, or in whole vectors of pairs, and a vector for a scale."""
         if self.pairs:
-            return LANES * -(-self.dim // (2 * LANES))
+            return LANES * (-(-self.dim // (2 * LANES)) + self.integers)
         return self.dim + self.dim % 2 if self.halves else self.dim
 
     @property
     def weight_factors(self) -> int:
-        """Factors of a row's weights in a block."""
-        return BLOCK // 2 if self.pairs else BLOCK
+        """Factors of a row's weights in a block, and a vector for their scale."""
+        return BLOCK // 2 + LANES * self.integers if self.pairs else BLOCK
+
+    @property
+    def most(self) -> int:
+        """The largest whole number that a query or a weight becomes."""
+        return most_of(self.dim)
 
     @property
     def partial(self) -> int:

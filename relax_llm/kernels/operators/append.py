@@ -7,7 +7,17 @@ import numpy as np
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
-from relax_llm.artifact.kv_cache import CACHE_DTYPES, LEAST, MOST, TILE, cache_tensors, decode, encode
+from relax_llm.artifact.kv_cache import (
+    CACHE_DTYPES,
+    LEAST,
+    MOST,
+    TILE,
+    cache_tensors,
+    decode,
+    encode,
+    laid,
+    lifted,
+)
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.cache import Append, declare_cache
@@ -86,6 +96,7 @@ def definition(problem: Append) -> PrimFunc:
                     value = T.Cast("int8", rounded(value * inverse_of(largest[i, s, h], MOST), 1))
                 elif problem.cache == "bf16":
                     value = T.Cast("uint16", to_bf16(value) >> T.uint32(16))
+                if problem.cache != "f32":
                     first, second = at
                     at = (first // 2, second, first % 2)
                 b.put(cache[f"{which}_cache"], value, i, h, tile, *at)
@@ -135,14 +146,13 @@ def expected(problem: Append, sizes: Sizes, values: Mapping[str, Array], exact: 
     tokens = [Expected(k, slack_k), Expected(v, slack_v)]
     found = {"q": Expected(q, slack_q)}
     cache = problem.cache
-    if cache == "q8":  # whose codes lie as f32 do
+    if cache == "q8":
         for index, name in enumerate(("k_scale", "v_scale")):
             tokens[index], scale = _coded(tokens[index])
             found[name] = _scales(values[name], new, scale)
-        cache = "f32"
-    before = decode(cache, values, dim)
+    before = (lifted if cache == "q8" else decode)(cache, values, dim)
     keys, cached = (_among(old, new, now) for old, now in zip(before, tokens, strict=True))
-    return found | (_as_f32 if cache == "f32" else _as_bf16)(keys, cached)
+    return found | (_as_bf16(keys, cached) if cache == "bf16" else _as_numbers(cache, keys, cached))
 
 
 def _among(before: Array, new: slice, tokens: Expected) -> Expected:
@@ -152,9 +162,9 @@ def _among(before: Array, new: slice, tokens: Expected) -> Expected:
     return Expected(right, bound)
 
 
-def _as_f32(keys: Expected, values: Expected) -> dict[str, Expected]:
-    """Numbers as caches of f32 and of codes have them."""
-    right, bound = encode("f32", keys.right, values.right), encode("f32", keys.bound, values.bound)
+def _as_numbers(cache: str, keys: Expected, values: Expected) -> dict[str, Expected]:
+    """Numbers, or codes, where a cache has them."""
+    right, bound = laid(cache, keys.right, values.right), laid(cache, keys.bound, values.bound)
     return {name: Expected(right[name], bound[name]) for name in right}
 
 

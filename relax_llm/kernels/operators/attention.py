@@ -8,6 +8,7 @@ from tvm.tirx import PrimFunc
 
 from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, cache_tensors, decode, encode
 from relax_llm.kernels.attention import Attention
+from relax_llm.kernels.attention.tile import most_of
 from relax_llm.kernels.halves import from_bf16
 from relax_llm.kernels.layout import Layout
 from relax_llm.kernels.operators.operator import (
@@ -52,12 +53,12 @@ def definition(problem: Attention) -> PrimFunc:
     ) -> tirx.Expr:
         """What lies at a place of a tile, as a number."""
         array = cache[f"{which}_cache"]
+        if problem.cache == "f32":
+            return array[b, h, t // TILE, first, second]
+        stored = array[b, h, t // TILE, first // 2, second, first % 2]
         if problem.cache == "bf16":
-            return from_bf16(array[b, h, t // TILE, first // 2, second, first % 2])
-        if problem.cache == "q8":
-            code = tirx.Cast("float32", array[b, h, t // TILE, first, second])
-            return code * cache[f"{which}_scale"][b, h, t // TILE, t % TILE]
-        return array[b, h, t // TILE, first, second]
+            return from_bf16(stored)
+        return tirx.Cast("float32", stored) * cache[f"{which}_scale"][b, h, t // TILE, t % TILE]
 
     def key(b: tirx.Var, h: tirx.Expr, t: tirx.Var, d: tirx.Var) -> tirx.Expr:
         return cached("k", b, h, t, d, t % TILE)
@@ -120,7 +121,8 @@ def expected(
     A score that is missed by e makes its weight wrong by a factor exp(e), and all others through their sum; scores far
     below the maximum weigh nothing, so theirs do not count. Each block may rescale what came before it.
 
-    Over a cache in bf16 or q8 queries and weights may be rounded to bf16, too, each by half a step of its own.
+    Over a cache in bf16 or q8 queries and weights may be rounded to bf16, too, each by half a step of its own; over one
+    in q8 also to whole numbers, by half a step of the largest of a query's channels, or of the weights times scales.
     """
     kv_len, seq, dim = sizes["kv_len"], sizes["seq"], problem.head_dim
     group = problem.heads // problem.kv_heads
@@ -138,11 +140,20 @@ def expected(
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     right = np.einsum("bhst,bthd->bshd", weights, cached, optimize=True)
+    magnitude = np.einsum("bhst,bthd->bshd", weights, np.abs(cached), optimize=True)
+    if problem.cache == "q8":
+        step = 0.5 / most_of(dim)
+        coarse = np.abs(q).max(axis=-1, keepdims=True) * step / _HALF_STEP
+        scale += abs(problem.scale) * np.einsum(
+            "bshd,bthd->bhst", coarse + 0 * q, np.abs(keys), optimize=True
+        )
+        largest = np.abs(cached).max(axis=-1).swapaxes(1, 2)[:, :, None]  # [batch, heads, 1, kv_len]
+        coarse = kv_len * step * (weights * largest).max(axis=-1)
+        magnitude += coarse.transpose(0, 2, 1)[..., None] / _HALF_STEP
     heavy = np.where(visible & (weights > _HEAVY), scale, 0.0).max(axis=-1)  # [batch, heads, seq]
     rounded = 0.0 if problem.cache == "f32" else _HALF_STEP
     missed = np.expm1(2 * (UNIT * (summed(dim) + 2) + rounded) * heavy)
     relative = missed + 4 * UNIT * (2 + np.sqrt(kv_len / GRANULE)) + 2 * UNIT * summed(kv_len) + rounded
-    magnitude = np.einsum("bhst,bthd->bshd", weights, np.abs(cached), optimize=True)
     bound = magnitude * relative.transpose(0, 2, 1)[..., None] + 1e-30
     flat = (q.shape[0], seq, problem.heads * dim)
     return {"out": Expected(right.reshape(flat), bound.reshape(flat))}
