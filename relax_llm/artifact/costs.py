@@ -48,10 +48,13 @@ def own_sizes(kernel: Kernel, launch: Launch, sizes: Mapping[str, int]) -> dict[
 
 
 def products_of(kernel: Kernel) -> str:
-    """What the products of a kernel's problem may be computed in: "f32", "bf16" or "int8"."""
+    """What the products of a kernel's problem may be computed in: "f32", "bf16" or "int8".
+
+    Over caches in bytes these are pairs of whole numbers of two bytes, as fast as pairs of bf16.
+    """
     field = {"matmul": "activations", "attention": "cache"}.get(kernel.operator, "")
     rounded = kernel.problem.get(field) or ""
-    return "int8" if rounded in ROUNDINGS else "bf16" if rounded == "bf16" else "f32"
+    return "int8" if rounded in ROUNDINGS else "bf16" if rounded in ("bf16", "q8") else "f32"
 
 
 def cost(kernel: Kernel, launch: Launch, sizes: Mapping[str, int]) -> Cost:

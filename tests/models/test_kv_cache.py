@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import relax_llm as rl
+from relax_llm.artifact.costs import products_of
 from relax_llm.compiler.wanted import kv_cache_for
 
 from ..machines import PLAINER
@@ -50,7 +51,7 @@ def test_a_smaller_cache(checkpoints: dict[str, Path], name: str, target: str | 
     head_dim = whole.artifact.manifest.caches[0].head_dim
     keys, values = -(-head_dim // 2) / head_dim, 0.5  # the second half of the last word of an odd key
     if format == "q8":
-        keys = values = 0.25 + 1 / head_dim
+        keys, values = (share / 2 + 1 / head_dim for share in (keys, values))
     assert states[1].nbytes == pytest.approx(states[0].nbytes * (keys + values) / 2)
     for token in ids[:5]:
         near = [runner.decode(state, token) for runner, state in zip((whole, small), states, strict=True)]
@@ -96,6 +97,14 @@ def test_the_format_that_nobody_asked_for() -> None:
     assert [kv_cache_for(weights) for weights in ("bf16", "f16", "q8", "q6")] == ["bf16"] * 4
     assert [kv_cache_for(weights) for weights in ("q4", "q4s")] == ["q8"] * 2
     assert kv_cache_for("q4", "cuda") == "f32"
+
+
+@pytest.mark.parametrize(("format", "products"), [("f32", "f32"), ("bf16", "bf16"), ("q8", "bf16")])
+def test_what_attention_is_held_to(checkpoints: dict[str, Path], format: str, products: str) -> None:
+    """Words of two are multiplied as fast whichever they are."""
+    manifest = rl.compile(checkpoints[LLAMA], target=PLAINER, kv_cache=format).manifest
+    found = {products_of(kernel) for kernel in manifest.kernels.values() if kernel.operator == "attention"}
+    assert found == {products}
 
 
 def test_what_is_not_known_is_refused(checkpoints: dict[str, Path]) -> None:
