@@ -7,7 +7,6 @@
 import json
 import re
 import shutil
-import subprocess
 import tempfile
 import textwrap
 import zipfile
@@ -18,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from relax_llm import programs
 from relax_llm.artifact.machine_code import MachineCode
 from relax_llm.errors import ArtifactError, InputError
 
@@ -261,7 +261,7 @@ def _assembly_of_c(source: Source) -> str:
         for name, text in {**source.files, source.file: source.text}.items():
             (Path(directory) / name).write_text(text, encoding="utf-8")
         command = [tool, *source.flags, "-I.", "-S", source.file, "-o", "-"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory)
+        done = programs.run(command, directory)
     if done.returncode:
         raise ArtifactError(f"{source.file} does not compile: {done.stderr.strip()}")
     return done.stdout

@@ -1,5 +1,6 @@
 """Signals that ask the program to stop: whatever it does then, it must not leave anything half-written."""
 
+import _thread
 import signal
 import threading
 from collections.abc import Iterator
@@ -48,15 +49,31 @@ class InterruptibleBars(Bars):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take note of Ctrl-C, which raises KeyboardInterrupt as ever."""
+        """Take note of Ctrl-C, which raises KeyboardInterrupt as ever.
+
+        A thread waits for it, and it is kept from all others: a prover that TVM asks while it compiles has a handler
+        of its own meanwhile, behind Python's back, which forgets it or ends the process on the spot.
+        """
         if not _in_main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             yield
             return
+        over, ended = threading.Event(), threading.Event()
+        listener = threading.Thread(target=self._listen, args=(over, ended), daemon=True)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         signal.signal(signal.SIGINT, self._interrupt)
         try:
-            yield
+            listener.start()
+            try:
+                yield
+            finally:
+                assert listener.ident is not None, "it was started"
+                over.set()
+                signal.pthread_kill(listener.ident, signal.SIGINT)
+                ended.set()
+                listener.join()
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Advance]:
@@ -73,6 +90,15 @@ class InterruptibleBars(Bars):
 
             yield checked
         self._check()
+
+    def _listen(self, over: threading.Event, ended: threading.Event) -> None:
+        """Raise KeyboardInterrupt in the main thread whenever Ctrl-C comes, until the last one, which is for this."""
+        while True:
+            signal.sigwait({signal.SIGINT})
+            if over.is_set():
+                ended.wait()
+                return
+            _thread.interrupt_main()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self._interrupted = True

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from tvm import ir, relax
 from tvm.relax.vm_build import _vmcodegen, _vmlink
 from tvm.tirx import PrimFunc
 
-from relax_llm import cpu
+from relax_llm import cpu, programs
 from relax_llm.artifact.artifact import HOW_TO_RUN_ON_GPU, LIBRARY, OBJECTS, SOURCE, how_to_link
 from relax_llm.compiler.ahead import announcing
 from relax_llm.compiler.objects import Code, compiled
@@ -164,6 +163,6 @@ def _named_alike(text: str) -> str:
 
 def _link(linker: list[str], output: str, inputs: Any) -> None:
     command = [*linker, "-o", output, *([inputs] if isinstance(inputs, str) else inputs)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = programs.run(command)
     if done.returncode:
         raise RuntimeError(f"{' '.join(linker)} says: {done.stderr.strip()}")

@@ -1,7 +1,6 @@
 """From what a user wrote to a TIR function over the operator's operands: (x [M, K], weight, ..., out [M, N])."""
 
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from tvm import s_tir
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
+from relax_llm import programs
 from relax_llm.artifact.listings import COMPILERS, Source
 from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
@@ -175,7 +175,7 @@ def _object(
             )
             command = [tool, *flags, *near, "-c", source.name, "-o", result.name]
             what = f"does not compile as {language.upper()}"
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory)
+        done = programs.run(command, directory)
         if done.returncode:
             raise KernelError(f"Kernel {kernel.name!r} {what} for {problem.name}:\n{done.stderr.strip()}")
         return result.read_bytes(), said

@@ -4,7 +4,6 @@ A loop over tasks becomes one over `TASKS` parts of it, so that threads begin wi
 is left of each other's: see threads.cpp, which is linked into every library for this machine's kind of processor.
 """
 
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import tvm
 from tvm.support import cc
 
+from relax_llm import programs
 from relax_llm.errors import CompileError
 
 TASKS = 32
@@ -45,7 +45,7 @@ def threads_object() -> bytes:
         result = Path(directory) / "threads.o"
         flags = ["-O2", "-std=c++17", "-fPIC", f"-DTASKS={TASKS}", f"-DANNOUNCE={ANNOUNCE}", "-x", "c++"]
         command = [compiler, *flags, "-c", SOURCE.name, "-o", str(result)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=SOURCE.parent)
+        done = programs.run(command, SOURCE.parent)
         if done.returncode:
             raise CompileError(f"{compiler} does not compile {SOURCE.name}: {done.stderr.strip()}")
         return result.read_bytes()

@@ -106,7 +106,7 @@ def test_an_interrupted_compilation_leaves_nothing(
         assert process.poll() is None
         process.send_signal(how)
         out, err = process.communicate(timeout=30)
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[how]
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[how], err.decode()
     assert out == b""
     assert b"Traceback" not in err
     assert list(place.iterdir()) == []

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
+from relax_llm import programs
 from relax_llm.cli.interrupts import InterruptibleBars, Termination
+
+
+def press_ctrl_c() -> None:
+    """As a terminal does, for the whole process, and go on until it has come."""
+    os.kill(os.getpid(), signal.SIGINT)
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        time.sleep(0.001)
 
 
 def swallow_ctrl_c() -> None:
     """Do what compiled code may do when Ctrl-C reaches Python that it called."""
     with suppress(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+        press_ctrl_c()
 
 
 def test_ctrl_c_that_compiled_code_swallows_ends_the_task() -> None:
@@ -46,6 +60,38 @@ def test_ctrl_c_in_the_last_step_ends_the_task() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         work()
+
+
+UNSEEN = """
+import ctypes, signal
+from relax_llm.cli.interrupts import InterruptibleBars
+from tests.cli.test_interrupts import press_ctrl_c
+
+try:
+    with InterruptibleBars().listening():
+        ctypes.CDLL(None).signal(signal.SIGINT, ctypes.c_void_p(0))  # ends the process
+        press_ctrl_c()
+except KeyboardInterrupt:
+    print("interrupted", signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+"""
+
+
+def test_ctrl_c_comes_where_compiled_code_has_a_handler_of_its_own() -> None:
+    """Behind Python's back, as a prover that is asked while a model is compiled."""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", UNSEEN], capture_output=True, text=True, cwd=root, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "interrupted False\n"), done.stderr
+
+
+def test_programs_can_be_ended() -> None:
+    """They do not inherit that Ctrl-C is kept from the thread that runs them."""
+    with InterruptibleBars().listening():
+        done = programs.run([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGINT)"])
+        assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert done.returncode == -signal.SIGINT
+    assert "KeyboardInterrupt" in done.stderr
 
 
 def test_termination_unwinds_and_is_given_back() -> None:
