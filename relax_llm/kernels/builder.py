@@ -190,6 +190,11 @@ def kept(value: Expr) -> Expr:
     return T.Bind(load(cell, 0, lanes=count))
 
 
+def vector_type(dtype: str, lanes: int) -> str:
+    """The type of a vector, which is that of its elements where it has one."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
 def splat(value: Expr | float, lanes: int = LANES) -> Expr:
     """A vector of one value; a number is an f32."""
     scalar = T.float32(value) if isinstance(value, int | float) else value

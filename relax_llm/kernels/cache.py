@@ -200,7 +200,7 @@ def _as_codes(channels: Channels, dim: int) -> tuple[Expr, Channels]:
     inverse = b.let("inverse", inverse_of(word, MOST))
 
     def codes(start: int, n: int) -> Expr:
-        return T.Cast(_typed("uint8", n), rounded(channels(start, n) * b.splat(inverse, n), n))
+        return T.Cast(b.vector_type("uint8", n), rounded(channels(start, n) * b.splat(inverse, n), n))
 
     return T.reinterpret("float32", word) / T.float32(MOST), codes
 
@@ -212,7 +212,7 @@ def _append_key(key: Channels, k_cache: Expr, tile: tuple[Expr, ...], lane: Expr
     if dim % 2:
         b.put(bits, T.Cast(word, T.int32(0)), dim)
     for start, n in b.chunks(dim):
-        b.store(bits, T.Cast(_typed(word, n), key(start, n)), start, lanes=n)
+        b.store(bits, T.Cast(b.vector_type(word, n), key(start, n)), start, lanes=n)
     with T.serial(-(-dim // 2)) as index:
         low, high = (bits[2 * index + which] for which in range(2))
         b.put(k_cache, T.bitwise_or(low, T.shift_left(high, _all(word, half))), *tile, index, lane)
@@ -225,7 +225,7 @@ def _append_value(value: Channels, v_cache: Expr, at: tuple[Expr, ...], odd: Exp
 
     def write(*, second: bool) -> None:
         for start, n in b.chunks(dim):
-            new, old = T.Cast(_typed(word, n), value(start, n)), b.load(v_cache, *at, start, lanes=n)
+            new, old = T.Cast(b.vector_type(word, n), value(start, n)), b.load(v_cache, *at, start, lanes=n)
             kept = T.bitwise_and(old, _all(word, low if second else low << half, n))
             placed = T.shift_left(new, _all(word, half, n)) if second else new
             b.store(v_cache, T.bitwise_or(kept, placed), *at, start, lanes=n)
@@ -242,7 +242,3 @@ def _words(cache: Expr) -> tuple[str, int]:
 def _all(dtype: str, value: int, lanes: int = 1) -> Expr:
     one = tirx.const(value, dtype)
     return one if lanes == 1 else T.broadcast(one, lanes)
-
-
-def _typed(dtype: str, lanes: int) -> str:
-    return dtype if lanes == 1 else f"{dtype}x{lanes}"

@@ -2,7 +2,7 @@
 
 from tvm import tirx
 
-from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.builder import Expr, vector_type
 from relax_llm.kernels.machine import LANES
 
 _MAGIC, _MAGIC_BITS = (
@@ -21,7 +21,7 @@ def magnitude(vector: Expr, lanes: int = LANES) -> Expr:
 
 def inverse_of(largest: Expr, most: float, lanes: int = 1) -> Expr:
     """What numbers up to a magnitude, of which these are the bits, are multiplied by to become up to `most`."""
-    value = tirx.reinterpret("float32" if lanes == 1 else f"float32x{lanes}", largest)
+    value = tirx.reinterpret(vector_type("float32", lanes), largest)
     return tirx.Select(largest < _splat(_LEAST, lanes), _floats(0.0, lanes), _floats(most, lanes) / value)
 
 
@@ -36,14 +36,14 @@ def power_of(largest: Expr, most: float, lanes: int = 1) -> Expr:
     At least 2**-126, and 2**105, of which `biased` is not a number, for magnitudes of more than most * 2**104 and for
     what is not finite.
     """
-    value = tirx.reinterpret("float32" if lanes == 1 else f"float32x{lanes}", largest) / _floats(most, lanes)
+    value = tirx.reinterpret(vector_type("float32", lanes), largest) / _floats(most, lanes)
     bits = tirx.min(as_integers(value, lanes), _splat(_HIGHEST, lanes)) + _splat(_SMALLEST - 1, lanes)
     return tirx.max(bits & _splat(_EXPONENT, lanes), _splat(_SMALLEST, lanes))
 
 
 def inverse_power(power: Expr, lanes: int = 1) -> Expr:
     """1 over a power of two, of which these are the bits, as f32."""
-    return tirx.reinterpret("float32" if lanes == 1 else f"float32x{lanes}", _splat(2 * _ONE, lanes) - power)
+    return tirx.reinterpret(vector_type("float32", lanes), _splat(2 * _ONE, lanes) - power)
 
 
 def biased(power: Expr, lanes: int = 1) -> Expr:
@@ -62,7 +62,7 @@ def rounded(vector: Expr, lanes: int = LANES) -> Expr:
 
 def as_integers(vector: Expr, lanes: int = LANES) -> Expr:
     """The bits of f32."""
-    return tirx.reinterpret("int32" if lanes == 1 else f"int32x{lanes}", vector)
+    return tirx.reinterpret(vector_type("int32", lanes), vector)
 
 
 def _splat(value: int, lanes: int) -> Expr:

@@ -236,7 +236,7 @@ def _applied(
         for value in arguments
     ]
     if part.function in CASTS:
-        return tirx.Cast(part.function if lanes == 1 else f"{part.function}x{lanes}", exact[0])
+        return tirx.Cast(b.vector_type(part.function, lanes), exact[0])
     return functions[part.function](*exact)
 
 

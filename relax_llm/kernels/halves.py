@@ -2,20 +2,20 @@
 
 from tvm import tirx
 
-from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.builder import Expr, vector_type
 from relax_llm.kernels.machine import Machine
 
 
 def from_bf16(bits: Expr, lanes: int = 1) -> Expr:
     """The f32 that the bits of bf16 stand for."""
-    return tirx.reinterpret(_kind("float32", lanes), _wide(bits, lanes) << _const(16, lanes))
+    return tirx.reinterpret(vector_type("float32", lanes), _wide(bits, lanes) << _const(16, lanes))
 
 
 def pair_of_bf16(words: Expr, which: int, lanes: int = 1) -> Expr:
     """The f32 that the first or second bf16 of each word, int32 or uint32, stands for."""
-    words = tirx.Cast(_kind("uint32", lanes), words)
+    words = tirx.Cast(vector_type("uint32", lanes), words)
     bits = words & _const(0xFFFF0000, lanes) if which else words << _const(16, lanes)
-    return tirx.reinterpret(_kind("float32", lanes), bits)
+    return tirx.reinterpret(vector_type("float32", lanes), bits)
 
 
 def pair_of_integers(words: Expr, which: int, lanes: int = 1) -> Expr:
@@ -27,7 +27,7 @@ def pair_of_integers(words: Expr, which: int, lanes: int = 1) -> Expr:
 
 def to_bf16(value: Expr, lanes: int = 1) -> Expr:
     """f32 rounded to bf16, to nearest, ties to even: its bits as the upper half of a uint32, whose lower half is 0."""
-    bits = tirx.reinterpret(_kind("uint32", lanes), value)
+    bits = tirx.reinterpret(vector_type("uint32", lanes), value)
     odd = (bits >> _const(16, lanes)) & _const(1, lanes)
     rounded = (bits + (_const(0x7FFF, lanes) + odd)) & _const(0xFFFF0000, lanes)
     magnitude = bits & _const(0x7FFFFFFF, lanes)
@@ -41,29 +41,25 @@ def from_f16(bits: Expr, lanes: int = 1, machine: Machine | None = None) -> Expr
     subnormal numbers, too. Without a machine it is assumed to have none: a library function would be called.
     """
     if machine is not None and machine.features & {"f16c", "asimd"}:
-        return tirx.Cast(_kind("float32", lanes), tirx.reinterpret(_kind("float16", lanes), bits))
+        return tirx.Cast(vector_type("float32", lanes), tirx.reinterpret(vector_type("float16", lanes), bits))
     wide = _wide(bits, lanes)
     moved = (wide & _const(0x7FFF, lanes)) << _const(13, lanes)
     rebias = tirx.const(2.0**112, "float32")
-    scaled = tirx.reinterpret(_kind("float32", lanes), moved) * (
+    scaled = tirx.reinterpret(vector_type("float32", lanes), moved) * (
         tirx.Broadcast(rebias, lanes) if lanes > 1 else rebias
     )
     special = (wide & _const(0x7C00, lanes)).equal(_const(0x7C00, lanes))
     magnitude = tirx.Select(
-        special, moved | _const(0x7F800000, lanes), tirx.reinterpret(_kind("uint32", lanes), scaled)
+        special, moved | _const(0x7F800000, lanes), tirx.reinterpret(vector_type("uint32", lanes), scaled)
     )
     sign = (wide & _const(0x8000, lanes)) << _const(16, lanes)
-    return tirx.reinterpret(_kind("float32", lanes), magnitude | sign)
+    return tirx.reinterpret(vector_type("float32", lanes), magnitude | sign)
 
 
 def _wide(bits: Expr, lanes: int) -> Expr:
-    return tirx.Cast(_kind("uint32", lanes), bits)
+    return tirx.Cast(vector_type("uint32", lanes), bits)
 
 
 def _const(value: int, lanes: int) -> Expr:
     scalar = tirx.const(value, "uint32")
     return tirx.Broadcast(scalar, lanes) if lanes > 1 else scalar
-
-
-def _kind(name: str, lanes: int) -> str:
-    return name if lanes == 1 else f"{name}x{lanes}"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from tvm.tirx.script.builder import ir as T
 
-from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.builder import Expr, vector_type
 
 _LN2_FIRST, _LN2_REST = 0.693359375, -2.12194440e-4
 """ln 2 in two parts (Cody and Waite): products of the first with small integers are exact."""
@@ -22,10 +22,6 @@ def _lanes(x: Expr) -> int:
 def _const(x: Expr, value: float) -> Expr:
     lanes = _lanes(x)
     return T.float32(value) if lanes == 1 else T.broadcast(T.float32(value), lanes)
-
-
-def _typed(dtype: str, lanes: int) -> str:
-    return dtype if lanes == 1 else f"{dtype}x{lanes}"
 
 
 def exp(x: Expr) -> Expr:
@@ -43,10 +39,10 @@ def exp(x: Expr) -> Expr:
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         p = p * r + c(coefficient)
     p = p * r * r + r + c(1.0)
-    int_type = _typed("int32", lanes)
+    int_type = vector_type("int32", lanes)
     shift = T.int32(23) if lanes == 1 else T.broadcast(T.int32(23), lanes)
     bias = T.int32(127) if lanes == 1 else T.broadcast(T.int32(127), lanes)
-    scale = T.reinterpret(_typed("float32", lanes), T.shift_left(T.cast(n, int_type) + bias, shift))
+    scale = T.reinterpret(vector_type("float32", lanes), T.shift_left(T.cast(n, int_type) + bias, shift))
     return p * scale
 
 
@@ -62,9 +58,9 @@ def exp_nonpositive(x: Expr, *, steady: bool = False) -> Expr:
     c = lambda value: _const(x, value)  # noqa: E731
     rounder = c(1.5 * 2**23 + 127)
     x = T.Bind(T.max(c(-88.0), x))  # a comparison with NaN is false, and then max gives its second operand
-    as_float = lambda bits: T.Bind(T.reinterpret(_typed("float32", lanes), bits))  # noqa: E731
+    as_float = lambda bits: T.Bind(T.reinterpret(vector_type("float32", lanes), bits))  # noqa: E731
     # As bits in between: TVM would simplify a sum less one of its terms to the other, which is not rounded.
-    bits = T.Bind(T.reinterpret(_typed("int32", lanes), x * c(math.log2(math.e)) + rounder))
+    bits = T.Bind(T.reinterpret(vector_type("int32", lanes), x * c(math.log2(math.e)) + rounder))
     n = T.Bind(as_float(bits) - rounder)
     r = T.Bind(x - n * c(_LN2_FIRST) - n * c(_LN2_REST) if steady else x - n * c(math.log(2.0)))
     shift = T.int32(23) if lanes == 1 else T.broadcast(T.int32(23), lanes)
@@ -86,9 +82,11 @@ def times_sigmoid(value: Expr, x: Expr) -> Expr:
     It takes less time than `sigmoid`, which is above 0 for all x.
     """
     lanes = _lanes(x)
-    bits = T.reinterpret(_typed("int32", lanes), x)
+    bits = T.reinterpret(vector_type("int32", lanes), x)
     sign = T.int32(-(2**31)) if lanes == 1 else T.broadcast(T.int32(-(2**31)), lanes)
-    decay = T.Bind(exp_nonpositive(T.Bind(T.reinterpret(_typed("float32", lanes), bits | sign)), steady=True))
+    decay = T.Bind(
+        exp_nonpositive(T.Bind(T.reinterpret(vector_type("float32", lanes), bits | sign)), steady=True)
+    )
     one = _const(x, 1.0)
     return T.Select(x < _const(x, 0.0), value * decay, value) / (one + decay)
 

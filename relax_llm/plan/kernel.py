@@ -150,7 +150,7 @@ def kernel(
         absorbs: Epilogues the kernel computes itself.
         sites: One or more patterns such as "layers.*.mlp.*".
         features: Instruction set extensions it needs.
-        weights: Weight formats it reads; for attention and append, formats of the caches: "f32", "bf16".
+        weights: Weight formats it reads; for attention and append, formats of the caches: "f32", "bf16", "q8".
         cost: Gives the seconds of a launch for (problem, sizes). A kernel with a cost competes with the others;
             one without serves all its sizes.
         files: Paths of what the function reads: C files, headers, object files. A change of one compiles anew.

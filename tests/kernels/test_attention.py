@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from relax_llm.kernels.attention import Attention
 from relax_llm.kernels.attention.operands import Operands
 from relax_llm.kernels.attention.tile import BLOCK
 from relax_llm.kernels.generate import generate
+from relax_llm.kernels.intrinsics import BF16, INT8
 from relax_llm.kernels.library import build
 from relax_llm.kernels.machine import machine
 from relax_llm.kernels.threads import load
@@ -257,6 +259,28 @@ def test_a_value_that_is_no_number_reaches_who_sees_it(on: str, cache: str) -> N
     values[0, 70, 0, 3] = np.nan
     out = _run(problem, on, q, keys, values).reshape(130, 3, 20)
     assert np.isnan(out[70:, :, 3]).all()
+
+
+@pytest.mark.skipif(not machine().features >= INT8 | BF16, reason="needs a CPU with avx512_bf16")
+@pytest.mark.parametrize("cache", ["bf16", "q8"])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "window"), [((9, 3), 64, None), ((3, 1), 7, None), ((6, 2), 40, 65)]
+)
+def test_a_processor_that_multiplies_whole_numbers_alone(
+    heads: tuple[int, int], head_dim: int, window: int | None, cache: str
+) -> None:
+    """There are some with `vpdpwssd` that have no `vdpbf16ps`."""
+    host = machine()
+    flags = [flag for flag in cast("list[str]", host.options["mattr"]) if "bf16" not in flag]
+    on = replace(host, features=host.features - BF16, options={**host.options, "mattr": flags})
+    problem = _problem(heads, head_dim, window, cache)
+    function = load(generate({problem.name: build(problem, on)}, on))[problem.name]
+    for seq, kv_len in ((1, 1), (1, 130), (17, 17), (40, 200)):
+        q, keys, values = _operands(problem, 1, seq, kv_len)
+        stored = _layout(cache, keys, values, 4 * GRANULE // TILE).values()
+        shape = (1, seq, problem.heads * head_dim)
+        (out,) = launch_function(function, problem.name, q, *stored, kv_len, Out(shape))
+        assert_within(out, *_reference(problem, q, keys, values), f"{problem.name}, {seq} up to {kv_len}")
 
 
 @machines

@@ -18,7 +18,8 @@ class Attention(Problem):
         head_dim: Channels of a head.
         scale: Factor on the scores before the softmax.
         window: A query at position i sees positions above i - window only; None sees all.
-        cache: Format of the caches; where it is not "f32", queries and softmax weights may be rounded to it, too.
+        cache: Format of the caches. Beside "bf16" queries and softmax weights may be rounded to bf16, too, and beside
+            "q8" to whole numbers of two bytes, by the largest of a query or of a block's weights times scales.
     """
 
     operator: ClassVar[str] = "attention"

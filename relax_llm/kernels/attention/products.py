@@ -236,7 +236,7 @@ def _plus(
         factor = widened(factors[row, step], which) if tile.pairs else factors[row, 2 * step + which]
         other = widened(word, which, lanes)
         if tile.codes and not tile.integers:
-            other = T.Cast(_typed("float32", lanes), other)
+            other = T.Cast(b.vector_type("float32", lanes), other)
         total = total + b.splat(factor, lanes) * other
     return total
 
@@ -246,7 +246,7 @@ def _words(tile: Tile, stored: Expr, *at: Expr, lanes: int = LANES) -> Expr:
     if not tile.codes:
         return b.load(stored, *at, lanes=lanes)
     codes = b.load(stored, *at[:-1], tile.word * at[-1], lanes=tile.word * lanes)
-    return T.reinterpret(_typed("int32", lanes), T.Cast(f"int16x{tile.word * lanes}", codes))
+    return T.reinterpret(b.vector_type("int32", lanes), T.Cast(f"int16x{tile.word * lanes}", codes))
 
 
 def _result(tile: Tile, total: Expr, factors: Expr, row: int, lanes: int = LANES) -> Expr:
@@ -254,11 +254,7 @@ def _result(tile: Tile, total: Expr, factors: Expr, row: int, lanes: int = LANES
     if not tile.integers:
         return total
     scale = T.reinterpret("float32", factors[row, factors.shape[1] - LANES])
-    return T.Cast(_typed("float32", lanes), total) * b.splat(scale, lanes)
-
-
-def _typed(dtype: str, lanes: int) -> str:
-    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+    return T.Cast(b.vector_type("float32", lanes), total) * b.splat(scale, lanes)
 
 
 def _wide(tile: Tile, rows: int) -> int:

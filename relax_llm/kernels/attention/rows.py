@@ -114,7 +114,7 @@ def _encode(tile: Tile, query: Callable[[int, int], Expr], queries: Expr, at: Ex
     whole = b.view(queries, (queries.shape[0], 2 * queries.shape[1]), "int16")
     for start, n in b.chunks(tile.dim):
         codes = rounded(query(start, n) * b.splat(inverse, n), n)
-        b.store(whole, T.Cast("int16" if n == 1 else f"int16x{n}", codes), at, 2 * first + start, lanes=n)
+        b.store(whole, T.Cast(b.vector_type("int16", n), codes), at, 2 * first + start, lanes=n)
     if tile.dim % 2:
         b.put(whole, T.int16(0), at, 2 * first + tile.dim)
 

@@ -77,7 +77,7 @@ def quantize(format: Blocks, rounding: Rounding, machine: Machine) -> ir.GlobalV
 
         def scaled(words: Expr, lanes: int) -> tuple[Expr, Expr, Expr]:
             """Of largest magnitudes the inverse of the scale, the scale, and what begins a sum, as int32."""
-            floats = "float32" if lanes == 1 else f"float32x{lanes}"
+            floats = b.vector_type("float32", lanes)
             if rounding.powers:
                 power = T.Bind(power_of(words, most, lanes))
                 return inverse_power(power, lanes), T.reinterpret(floats, power), T.Bind(biased(power, lanes))
@@ -86,7 +86,7 @@ def quantize(format: Blocks, rounding: Rounding, machine: Machine) -> ir.GlobalV
 
         def both(scale: Expr, begin: Expr, total: Expr, lanes: int) -> tuple[Expr, Expr]:
             """What lies beside the codes, as f32."""
-            floats = "float32" if lanes == 1 else f"float32x{lanes}"
+            floats = b.vector_type("float32", lanes)
             first = T.reinterpret(floats, begin) if rounding.powers else scale
             if format.minimum:
                 return first, scale * T.Cast(floats, total)
