@@ -51,8 +51,8 @@ class InterruptibleBars(Bars):
     def listening(self) -> Iterator[None]:
         """Take note of Ctrl-C, which raises KeyboardInterrupt as ever.
 
-        A thread waits for it, and it is kept from all others: a prover that TVM asks while it compiles has a handler
-        of its own meanwhile, behind Python's back, which forgets it or ends the process on the spot.
+        A thread waits for it, and it is kept from this one and those that it starts: a prover that TVM asks while it
+        compiles has a handler of its own meanwhile, behind Python's back, which forgets it or ends the process.
         """
         if not _in_main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             yield

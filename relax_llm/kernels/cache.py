@@ -1,6 +1,5 @@
 """The kernel that rotates queries and keys, and appends keys and values to the KV cache."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,13 +12,10 @@ from relax_llm.artifact.kv_cache import CACHE_DTYPES, MOST, TILE, cache_tensors
 from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.codes import inverse_of, magnitude, rounded
+from relax_llm.kernels.codes import Channels, inverse_of, largest_of, rounded
 from relax_llm.kernels.halves import to_bf16
 from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.problem import Problem, require_positive, tag
-
-Channels = Callable[[int, int], Expr]
-"""Gives neighbouring channels of a key or value, from the first and their number."""
 
 _SERIAL = 1 << 12
 """One core does all up to this many elements."""
@@ -191,18 +187,13 @@ def _as_bf16(channels: Channels) -> Channels:
 
 def _as_codes(channels: Channels, dim: int) -> tuple[Expr, Channels]:
     """The scale of a key or value in q8, not finite where a channel is not, and the bits of its codes."""
-    largest = b.local((LANES,), "int32")
-    b.store(largest, T.broadcast(T.int32(0), LANES), 0)
-    for start, n in b.chunks(dim):
-        most = T.max(b.load(largest, 0, lanes=n), magnitude(channels(start, n), n))
-        b.store(largest, most, 0, lanes=n)
-    word = b.let("largest", b.fold(b.load(largest, 0), T.max))
-    inverse = b.let("inverse", inverse_of(word, MOST))
+    largest = largest_of(dim, channels)
+    inverse = b.let("inverse", inverse_of(largest, MOST))
 
     def codes(start: int, n: int) -> Expr:
         return T.Cast(b.vector_type("uint8", n), rounded(channels(start, n) * b.splat(inverse, n), n))
 
-    return T.reinterpret("float32", word) / T.float32(MOST), codes
+    return T.reinterpret("float32", largest) / T.float32(MOST), codes
 
 
 def _append_key(key: Channels, k_cache: Expr, tile: tuple[Expr, ...], lane: Expr, dim: int) -> None:
@@ -240,5 +231,4 @@ def _words(cache: Expr) -> tuple[str, int]:
 
 
 def _all(dtype: str, value: int, lanes: int = 1) -> Expr:
-    one = tirx.const(value, dtype)
-    return one if lanes == 1 else T.broadcast(one, lanes)
+    return b.splat(tirx.const(value, dtype), lanes)

@@ -2,7 +2,7 @@
 
 from tvm import tirx
 
-from relax_llm.kernels.builder import Expr, vector_type
+from relax_llm.kernels.builder import Expr, splat, vector_type
 from relax_llm.kernels.machine import Machine
 
 
@@ -20,8 +20,7 @@ def pair_of_bf16(words: Expr, which: int, lanes: int = 1) -> Expr:
 
 def pair_of_integers(words: Expr, which: int, lanes: int = 1) -> Expr:
     """The first or second whole number of two bytes in each word, int32."""
-    sixteen = tirx.const(16, "int32")
-    shift = tirx.Broadcast(sixteen, lanes) if lanes > 1 else sixteen
+    shift = splat(tirx.const(16, "int32"), lanes)
     return (words if which else words << shift) >> shift
 
 
@@ -61,5 +60,4 @@ def _wide(bits: Expr, lanes: int) -> Expr:
 
 
 def _const(value: int, lanes: int) -> Expr:
-    scalar = tirx.const(value, "uint32")
-    return tirx.Broadcast(scalar, lanes) if lanes > 1 else scalar
+    return splat(tirx.const(value, "uint32"), lanes)

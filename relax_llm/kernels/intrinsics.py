@@ -65,14 +65,7 @@ def dot_int8(total: Expr, unsigned: Expr, signed: Expr) -> Expr:
         unsigned: 16 words.
         signed: As many others.
     """
-    quads = f"int8x{4 * LANES}"
-    return T.call_llvm_pure_intrin(
-        f"int32x{LANES}",
-        "llvm.x86.avx512.vpdpbusd.512",
-        total,
-        T.reinterpret(quads, unsigned),
-        T.reinterpret(quads, signed),
-    )
+    return _dot("vpdpbusd", f"int8x{4 * LANES}", total, unsigned, signed)
 
 
 def dot_int16(total: Expr, one: Expr, other: Expr) -> Expr:
@@ -83,16 +76,15 @@ def dot_int16(total: Expr, one: Expr, other: Expr) -> Expr:
         one: 16 words.
         other: As many others.
     """
-    pairs = f"int16x{2 * LANES}"
-    return T.call_llvm_pure_intrin(
-        f"int32x{LANES}",
-        "llvm.x86.avx512.vpdpwssd.512",
-        total,
-        T.reinterpret(pairs, one),
-        T.reinterpret(pairs, other),
-    )
+    return _dot("vpdpwssd", f"int16x{2 * LANES}", total, one, other)
 
 
 def round_bf16(low: Expr, high: Expr) -> Expr:
     """Two vectors of 16 f32, one behind the other, as 16 words: pairs of bf16, to nearest, ties to even."""
     return T.call_pure_extern(f"int32x{LANES}", _ROUND, low, high)
+
+
+def _dot(instruction: str, elements: str, total: Expr, *words: Expr) -> Expr:
+    """An instruction of VNNI over words that are taken for vectors of smaller whole numbers."""
+    factors = [T.reinterpret(elements, one) for one in words]
+    return T.call_llvm_pure_intrin(f"int32x{LANES}", f"llvm.x86.avx512.{instruction}.512", total, *factors)

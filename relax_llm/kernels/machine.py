@@ -10,9 +10,6 @@ from relax_llm.errors import CompileError
 # Extensions worth using on top of a level: /proc/cpuinfo's name and LLVM's.
 _EXTENSIONS = {"avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16", "avx_vnni": "avxvnni"}
 
-_TUNING = ("-prefer-256-bit", "+fast-dpwssd")
-"""What LLVM is to prefer: whole vectors, and `vpdpwssd` to two instructions that wait less for each other."""
-
 CODE_GENERATION = {"tirx.disable_storage_rewrite": True}
 """TVM's options for code generation: its storage rewriting forgets which buffers belong on the stack (see
 `kernels.builder.local`)."""
@@ -98,12 +95,14 @@ def machine(name: str | None = None) -> Machine:
         extras = {} if name else {key: llvm for key, llvm in _EXTENSIONS.items() if key in cpu.features()}
         if "avx512f" not in cpu.X86_LEVELS[wanted]:
             extras = {key: llvm for key, llvm in extras.items() if not key.startswith("avx512")}
+        # LLVM would have every second vpdpwssd as two instructions, which wait less for each other.
+        tuning = ["+fast-dpwssd"] if "avx512_vnni" in extras else []
         bits, registers = {"x86-64-v4": (512, 32), "x86-64-v3": (256, 16)}.get(wanted, (128, 16))
         options: dict[str, object] = {
             "kind": "llvm",
             "mtriple": "x86_64-linux-gnu",
             "mcpu": wanted,
-            "mattr": [*_TUNING, *(f"+{llvm}" for llvm in extras.values())],
+            "mattr": ["-prefer-256-bit", *(f"+{llvm}" for llvm in extras.values()), *tuning],
         }
         return Machine(wanted, cpu.X86_LEVELS[wanted] | frozenset(extras), bits, registers, options)
     if wanted == "aarch64":

@@ -67,9 +67,8 @@ def attend(
         Asked(value, count, T.int64(0)),
         operands.following(operands.keys, pair, first_tile, rows.begin),
     )
-    key_scales, value_scales = (
-        [stored.at(pair, first_tile)] if stored else [] for stored in operands.scales or (None, None)
-    )
+    scales = [stored.at(pair, first_tile) for stored in operands.scales]
+    key_scales, value_scales = scales[:1], scales[1:]
     for stored in operands.scales:
         _ask(operands.following(stored, pair, first_tile, rows.begin))
 

@@ -1,7 +1,6 @@
 """A tile of rows in a launch: what it sees, the queries that it takes, and the results that it leaves."""
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm.tirx.script.builder import ir as T
@@ -11,7 +10,7 @@ from relax_llm.kernels.attention.operands import Operands, floor_div
 from relax_llm.kernels.attention.products import computed
 from relax_llm.kernels.attention.tile import BLOCK, Tile
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.codes import inverse_of, magnitude, rounded, scale_of
+from relax_llm.kernels.codes import Channels, inverse_of, largest_of, rounded, scale_of
 from relax_llm.kernels.intrinsics import imported, round_bf16
 from relax_llm.kernels.machine import LANES
 
@@ -102,13 +101,9 @@ def _take_row(operands: Operands, place: tuple[Expr, ...], queries: Expr, at: Ex
             b.store(queries, round_bf16(low, high), at, first + word)
 
 
-def _encode(tile: Tile, query: Callable[[int, int], Expr], queries: Expr, at: Expr, first: Expr) -> None:
+def _encode(tile: Tile, query: Channels, queries: Expr, at: Expr, first: Expr) -> None:
     """Write a query as whole numbers of two bytes from `first` on, and their scale behind them."""
-    most = b.local((LANES,), "int32")
-    b.store(most, T.broadcast(T.int32(0), LANES), 0)
-    for start, n in b.chunks(tile.dim):
-        b.store(most, T.max(b.load(most, 0, lanes=n), magnitude(query(start, n), n)), 0, lanes=n)
-    largest = b.let("largest", b.fold(b.load(most, 0), T.max))
+    largest = largest_of(tile.dim, query)
     b.put(queries, scale_of(largest, tile.most), at, first + (tile.query_factors - LANES))
     inverse = b.let("inverse", inverse_of(largest, tile.most))
     whole = b.view(queries, (queries.shape[0], 2 * queries.shape[1]), "int16")

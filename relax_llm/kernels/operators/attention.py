@@ -140,21 +140,21 @@ def expected(
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     right = np.einsum("bhst,bthd->bshd", weights, cached, optimize=True)
-    magnitude = np.einsum("bhst,bthd->bshd", weights, np.abs(cached), optimize=True)
+    rough: Array | float = 0.0
     if problem.cache == "q8":
         step = 0.5 / most_of(dim)
-        coarse = np.abs(q).max(axis=-1, keepdims=True) * step / _HALF_STEP
-        scale += abs(problem.scale) * np.einsum(
-            "bshd,bthd->bhst", coarse + 0 * q, np.abs(keys), optimize=True
-        )
+        coarse = (
+            np.abs(q).max(axis=-1).swapaxes(1, 2)[..., None] * step / _HALF_STEP
+        )  # [batch, heads, seq, 1]
+        scale += abs(problem.scale) * coarse * np.abs(keys).sum(axis=-1).swapaxes(1, 2)[:, :, None]
         largest = np.abs(cached).max(axis=-1).swapaxes(1, 2)[:, :, None]  # [batch, heads, 1, kv_len]
-        coarse = kv_len * step * (weights * largest).max(axis=-1)
-        magnitude += coarse.transpose(0, 2, 1)[..., None] / _HALF_STEP
+        rough = (kv_len * step * (weights * largest).max(axis=-1)).transpose(0, 2, 1)[..., None]
     heavy = np.where(visible & (weights > _HEAVY), scale, 0.0).max(axis=-1)  # [batch, heads, seq]
     rounded = 0.0 if problem.cache == "f32" else _HALF_STEP
     missed = np.expm1(2 * (UNIT * (summed(dim) + 2) + rounded) * heavy)
     relative = missed + 4 * UNIT * (2 + np.sqrt(kv_len / GRANULE)) + 2 * UNIT * summed(kv_len) + rounded
-    bound = magnitude * relative.transpose(0, 2, 1)[..., None] + 1e-30
+    magnitude = np.einsum("bhst,bthd->bshd", weights, np.abs(cached), optimize=True)
+    bound = magnitude * relative.transpose(0, 2, 1)[..., None] + rough + 1e-30
     flat = (q.shape[0], seq, problem.heads * dim)
     return {"out": Expected(right.reshape(flat), bound.reshape(flat))}
 
