@@ -1,4 +1,8 @@
-"""TVM's C++ runtime by way of its FFI: what calls compiled code needs no more of TVM than this."""
+"""TVM's C++ runtime by way of its FFI: what calls compiled code needs no more of TVM than this.
+
+PyTorch is kept from being imported just because it is installed, which TVM would do in two places: that takes seconds
+and 200 MB, and Ctrl-C within it ends the process, as C++ code of PyTorch calls Python.
+"""
 
 import ctypes
 import importlib.util
@@ -16,7 +20,7 @@ from relax_llm.errors import ArtifactError
 
 @contextmanager
 def _without_torch() -> Iterator[None]:
-    """Keep TVM's FFI from importing PyTorch just because it is installed: that takes a second and 200 MB."""
+    """Make PyTorch look as if it were not installed, unless somebody has imported it."""
     absent = "torch" not in sys.modules
     if absent:
         sys.modules["torch"] = None  # type: ignore[assignment]
@@ -43,6 +47,18 @@ def runtime() -> Any:
         raise ArtifactError("TVM's runtime library is not installed; `pip install apache-tvm` brings it.")
     ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     return tvm_ffi
+
+
+@lru_cache(maxsize=1)
+def load_package() -> None:
+    """Import TVM's Python package, compiler and all, before modules that say `import tvm`.
+
+    Raises:
+        ArtifactError: It is not installed.
+    """
+    runtime()
+    with _without_torch():
+        import tvm.relax  # noqa: F401
 
 
 @lru_cache(maxsize=1)

@@ -166,7 +166,7 @@ def _build(
     **options: Any,
 ) -> None:
     with progress.task("Loading the compiler", 1):
-        ffi.runtime()  # before TVM itself, which would import PyTorch where it is installed
+        ffi.load_package()
         from relax_llm.compiler.architectures import find
         from relax_llm.compiler.build import build
         from relax_llm.compiler.planner import Planner

@@ -88,7 +88,7 @@ def tune(
     chosen = distribution(histogram)
     if threads is not None:
         set_threads(threads)
-    ffi.runtime()
+    ffi.load_package()
     reports = progress or Silent()
     tuning = survey_of(checkpoint, formats, gather(kernels), architecture, deadline, reports)
     settings = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import signal
 import subprocess
+import sys
 import time
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -41,6 +43,26 @@ def test_an_artifact_is_made_and_summed_up(
     assert facts["weights"].startswith(f"{len(made.weights)} tensors, ")
     assert facts["weights"].endswith("kB as f32")
     assert re.fullmatch(r"\d+\.\d s", facts["time"])
+
+
+WITHOUT_PYTORCH = """
+import sys
+from relax_llm.cli import main
+
+code = main(sys.argv[1:])
+sys.exit(code or (3 if "torch" in sys.modules else 4 if "tvm" not in sys.modules else 0))
+"""
+
+
+def test_pytorch_is_not_imported_though_it_is_installed(
+    checkpoint: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """By TVM: it takes two seconds, and Ctrl-C within it ends the process in C++."""
+    assert importlib.util.find_spec("torch") is not None
+    arguments = ["compile", str(checkpoint), "-o", str(tmp_path / "out"), "--no-cache", *QUICKLY]
+    command = [sys.executable, "-c", WITHOUT_PYTORCH, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_json(call: Callable[..., Outcome], checkpoint: Path, artifact: Path, tmp_path: Path) -> None:
