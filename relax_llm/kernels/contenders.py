@@ -21,7 +21,7 @@ from relax_llm.kernels.argmax import BLOCK, largest_of
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.layout import Packed, Plain, TiledGroups, parse
 from relax_llm.kernels.machine import LANES, Machine
-from relax_llm.kernels.matmul.integer import AHEAD, FEATURES, multiply_integers, spacing_of, turns_of
+from relax_llm.kernels.matmul.integer import FEATURES, ahead_of, multiply_integers, spacing_of, turns_of
 from relax_llm.kernels.matmul.operands import Operands, Parts, Sums
 from relax_llm.kernels.matmul.problem import Matmul
 from relax_llm.kernels.matmul.quantize import BESIDE, encode_row, quantize
@@ -141,7 +141,7 @@ def _integers(problem: Contenders, machine: Machine, x: Expr, words: Expr, rows:
             T.address_of(beside[row, 0]),
             T.address_of(words[place]),
             T.address_of(memory[0, 0]),
-            T.address_of(words[place + AHEAD]),
+            T.address_of(words[place + ahead_of(machine)]),
             T.int64(layout.cols),
             T.int64(groups),
             T.int64(groups),
