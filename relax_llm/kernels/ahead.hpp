@@ -9,6 +9,9 @@
 
 #pragma once
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 #include <stdint.h>
 #include <unistd.h>
 
@@ -52,7 +55,7 @@ class Ahead {
         place.at = 0;
       }
       const char *start = place.weight + place.share * thread / kLine * kLine + place.at;
-      for (int line = 0; line < kStep; line += kLine) __builtin_prefetch(start + line, 0, 3);
+      prefetch(start, kStep);
       place.at += kStep;
     }
   }
@@ -81,6 +84,22 @@ class Ahead {
       bytes += next.bytes.load(std::memory_order_relaxed) / threads + kStep;
     }
     return -1;
+  }
+
+  static void prefetch(const char *start, int bytes) {
+    static const bool first = into_first_level();
+    for (int line = 0; line < bytes; line += kLine) {
+      first ? __builtin_prefetch(start + line, 0, 3) : __builtin_prefetch(start + line, 0, 2);
+    }
+  }
+
+  static bool into_first_level() {  // as kernels ask on this processor: `Machine.streams_into`
+#ifdef __x86_64__
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);  // avx_vnni
+#else
+    return false;
+#endif
   }
 
   static int64_t most() {  // bytes that a thread asks for: its second-level cache

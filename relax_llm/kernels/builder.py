@@ -221,9 +221,9 @@ def put(buffer: Expr, value: Expr, *indices: Expr) -> None:
     T.buffer_store(buffer, value, list(indices))
 
 
-def prefetch(buffer: Expr, index: Expr) -> None:
-    """Ask for the cache line of an element, in the first-level cache; one past the end is harmless."""
-    place, read, locality, data = T.address_of(buffer[index]), 0, 3, 1
+def prefetch(buffer: Expr, index: Expr, level: int = 1) -> None:
+    """Ask for the cache line of an element, in the cache of this level; one past the end is harmless."""
+    place, read, locality, data = T.address_of(buffer[index]), 0, 4 - level, 1
     hint = [T.int32(value) for value in (read, locality, data)]
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", place, *hint))
 

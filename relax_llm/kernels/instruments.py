@@ -30,7 +30,7 @@ _AHEAD = 64 * LANES
 
 def instruments(machine: Machine) -> dict[str, PrimFunc]:
     """The functions for a processor, by symbol."""
-    found = {CLOCK: clock(), MULTIPLY_ADD: multiply_add(machine), READ: read(), LOOPS: loops()}
+    found = {CLOCK: clock(), MULTIPLY_ADD: multiply_add(machine), READ: read(machine), LOOPS: loops()}
     if machine.features >= BF16:
         found[MULTIPLY_BF16] = multiply_bf16(machine)
     if machine.features >= INT8:
@@ -131,7 +131,7 @@ def _loop(
     return b.prim_func(name, emit)
 
 
-def read() -> PrimFunc:
+def read(machine: Machine) -> PrimFunc:
     """Read memory from end to end on all threads, and keep sums of it.
 
     ::
@@ -153,7 +153,7 @@ def read() -> PrimFunc:
             with T.serial(T.truncdiv(elements, T.int64(_SUMS * LANES))) as turn:
                 start = b.let("start", task * elements + turn * (_SUMS * LANES))
                 for _, index, offset, _ in registers:
-                    b.prefetch(flat, start + _AHEAD + offset)
+                    b.prefetch(flat, start + _AHEAD + offset, machine.streams_into)
                     registers.set(0, index, registers.get(0, index) + b.load(flat, start + offset))
             b.store(out, _total(registers), task, 0)
 

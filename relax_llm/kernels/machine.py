@@ -59,6 +59,15 @@ class Machine:
         return "x86_64" if self.name in cpu.X86_LEVELS else self.name
 
     @property
+    def streams_into(self) -> int:
+        """The level of the cache for lines that are asked for ahead of a loop which reads memory.
+
+        Cores with `avx_vnni` are younger than those that have its instructions for 512 bits alone: their first-level
+        caches are larger, and have more misses in flight. See docs/performance.md.
+        """
+        return 1 if "avx_vnni" in self.features else 2
+
+    @property
     def is_gpu(self) -> bool:
         """Whether kernels are divided among the threads of a GPU, and launched by a host."""
         return self.name == CUDA

@@ -285,7 +285,7 @@ def _ask(tile: Tile, ahead: Expr, word: Expr, beyond: Expr, index: int) -> None:
         index: Of the vector among neighbours.
     """
     if index % tile.word == 0:
-        b.prefetch(memory(ahead, (FAR,), tile.stored), word * tile.word + beyond)
+        b.prefetch(memory(ahead, (FAR,), tile.stored), word * tile.word + beyond, tile.machine.streams_into)
 
 
 def _in_turns(count: Expr, step: Callable[[Expr, int], None]) -> None:

@@ -131,7 +131,7 @@ def _tile(layout: Packed, stride: int, rows: int, machine: Machine, pairs: bool)
                 for u in range(unroll):
                     for at in range(u * lines * STREAMS // unroll, (u + 1) * lines * STREAMS // unroll):
                         where = T.truncdiv(turn * spacing, T.int64(passes)) + at // STREAMS * _WORDS
-                        b.prefetch(streams[at % STREAMS], where)
+                        b.prefetch(streams[at % STREAMS], where, machine.streams_into)
                     step(turn * unroll + u, u)
             if _is_uniform(layout, pairs=pairs):
                 with T.serial(rest) as more:
