@@ -1,6 +1,6 @@
 """Products of quantized weights and quantized activations, in integers: `vpdpbusd` multiplies and adds four of each."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from tvm import ir
@@ -33,6 +33,7 @@ _TILES = 32  # in a block of rows
 _AT_ONCE = 8  # rows that are quantized by one call
 _SERIAL = 1 << 14  # elements of x that one core quantizes sooner than two could begin
 _SUMS = 24  # vectors of them that there are registers for
+_APART = 4  # elements between what turns ask for, at least, where tiles are few
 _FAR = 1 << 20
 _MEMORY = 25e9  # bytes a second that a core reads
 _PRODUCTS = 200e9  # multiply-adds a second of a core
@@ -204,11 +205,13 @@ def _tile(layout: TiledGroups, rounding: Rounding, rows: int, machine: Machine) 
     """The function for one height, without that argument."""
     format, cols, planes, group_bytes = layout.blocks, layout.cols, rounding.planes, layout.group_bytes
 
-    # What a turn asks for; tall tiles do not come alone, or multiply for as long as the rest takes.
-    lines = -(-group_bytes // (LINE * turns_of(layout)))
-    lines = lines if rows <= _ROWS // 2 else -(-lines // 2)
-
+    # What a turn asks for. Of many tall tiles each asks for a half. For one row codes of a byte come as fast as memory
+    # gives them where a core's own prefetcher does most of it, and has a line of a turn to go by.
     level = machine.streams_into
+    lines = -(-group_bytes // (LINE * turns_of(layout)))
+    if rows == 1 and format.code_bits == 8 and level > 1:
+        lines = 1
+    of_many = lines if rows <= _ROWS // 2 else -(-lines // 2)
 
     def emit() -> None:
         given = {name: pointer(name, dtype) for name, dtype in _POINTERS}
@@ -228,6 +231,10 @@ def _tile(layout: TiledGroups, rounding: Rounding, rows: int, machine: Machine) 
         def higher(plane: int, row: int, index: int, lanes: int) -> Expr:
             """What a plane adds to the products of the next one."""
             return T.shift_left(products[plane].get(row, index), T.broadcast(T.int32(8), lanes))
+
+        def ask(turn: Expr, which: Iterable[int]) -> None:
+            for line in which:
+                b.prefetch(ahead, turn * spacing + line * (LINE // 4), level)
 
         def load() -> None:
             for row, index, column, lanes in acc:
@@ -250,10 +257,13 @@ def _tile(layout: TiledGroups, rounding: Rounding, rows: int, machine: Machine) 
                     for row in range(rows)
                     for plane in these
                 ]
+                if 0 in these and of_many < lines:
+                    with b.when(spacing >= _APART):
+                        for index in range(turns_of(layout)):
+                            ask(group * turns + index, range(of_many, lines))
                 for turn in _each_turn(layout, turns):
                     if 0 in these:
-                        for line in range(lines):
-                            b.prefetch(ahead, (group * turns + turn) * spacing + line * (LINE // 4), level)
+                        ask(group * turns + turn, range(of_many))
                     _add_quads(into, layout, words, quads, group, turn)
             for index, (column, lanes) in enumerate(b.chunks(cols)):
                 at = group * (group_bytes // 2) + layout.code_bytes // 2 + column
