@@ -19,7 +19,7 @@ from relax_llm.errors import ArtifactError
 
 
 @contextmanager
-def _without_torch() -> Iterator[None]:
+def without_torch() -> Iterator[None]:
     """Make PyTorch look as if it were not installed, unless somebody has imported it."""
     absent = "torch" not in sys.modules
     if absent:
@@ -40,25 +40,13 @@ def runtime() -> Any:
     """
     os.environ.setdefault("TVM_NUM_THREADS", str(cpu.cores()))
     os.environ.setdefault("TVM_BIND_THREADS", "0")
-    with _without_torch():
+    with without_torch():
         import tvm_ffi
     library = _library("tvm_runtime")
     if library is None:
         raise ArtifactError("TVM's runtime library is not installed; `pip install apache-tvm` brings it.")
     ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     return tvm_ffi
-
-
-@lru_cache(maxsize=1)
-def load_package() -> None:
-    """Import TVM's Python package, compiler and all, before modules that say `import tvm`.
-
-    Raises:
-        ArtifactError: It is not installed.
-    """
-    runtime()
-    with _without_torch():
-        import tvm.relax  # noqa: F401
 
 
 @lru_cache(maxsize=1)

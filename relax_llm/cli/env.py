@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from relax_llm import cpu, ffi
+from relax_llm import cpu
 from relax_llm.cli import options as o, screen, tables
 from relax_llm.cli.models import default_model
 from relax_llm.places import bytes_in, cache_directory
@@ -94,7 +94,9 @@ def _version(package: str) -> str | None:
 def _architectures() -> tuple[list[str], str | None]:
     """The names of the architectures, or why they cannot be told: this command is for broken installations too."""
     try:
-        ffi.load_package()
+        from relax_llm.compiler.loading import load_tvm
+
+        load_tvm()
         from relax_llm.compiler.architectures import builtin
 
         return sorted(builtin()), None

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relax_llm import cpu, ffi
+from relax_llm import cpu
 from relax_llm.artifact.artifact import Artifact, load, replacing, versions
 from relax_llm.artifact.kv_cache import CACHE_DTYPES
 from relax_llm.checkpoint import Checkpoint, open_checkpoint
 from relax_llm.compiler.cache import cached, locked, place_of, size, trim
+from relax_llm.compiler.loading import load_tvm
 from relax_llm.compiler.sources import pass_sources
 from relax_llm.compiler.user_kernels import gather
 from relax_llm.compiler.wanted import AUTO, WHOLE, Wanted, kv_cache_for
@@ -166,7 +167,7 @@ def _build(
     **options: Any,
 ) -> None:
     with progress.task("Loading the compiler", 1):
-        ffi.load_package()
+        load_tvm()
         from relax_llm.compiler.architectures import find
         from relax_llm.compiler.build import build
         from relax_llm.compiler.planner import Planner

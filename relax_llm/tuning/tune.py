@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relax_llm import cpu, ffi
+from relax_llm import cpu
 from relax_llm.artifact.artifact import Artifact, load, versions
 from relax_llm.checkpoint import Checkpoint, open_checkpoint
+from relax_llm.compiler.loading import load_tvm
 from relax_llm.compiler.user_kernels import gather
 from relax_llm.compiler.wanted import Wanted, kv_cache_for
 from relax_llm.errors import InputError
@@ -88,7 +89,7 @@ def tune(
     chosen = distribution(histogram)
     if threads is not None:
         set_threads(threads)
-    ffi.load_package()
+    load_tvm()
     reports = progress or Silent()
     tuning = survey_of(checkpoint, formats, gather(kernels), architecture, deadline, reports)
     settings = {

@@ -6,6 +6,7 @@ Code can be generated and read for every machine, whatever this one is.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -15,10 +16,12 @@ from relax_llm.errors import CompileError
 from relax_llm.kernels.attention import Attention
 from relax_llm.kernels.cache import Append
 from relax_llm.kernels.generate import generate
+from relax_llm.kernels.intrinsics import INT8
 from relax_llm.kernels.library import build
 from relax_llm.kernels.lookup import Embedding, LastToken
 from relax_llm.kernels.machine import machine
 from relax_llm.kernels.matmul import Matmul
+from relax_llm.kernels.matmul.integer import integer
 from relax_llm.kernels.matmul.multiply import steps_of_loop
 from relax_llm.kernels.matmul.shape import layout_for, tile_for
 from relax_llm.kernels.norm import Norm
@@ -143,6 +146,33 @@ def test_the_host_adds_its_extensions_to_its_level_only() -> None:
         assert machine(name).name == name
     levels = [machine(name).features for name in LEVELS]
     assert all(low < high for low, high in pairwise(levels))
+
+
+@pytest.mark.parametrize(("younger", "level"), [(True, 1), (False, 2)])
+def test_lines_are_asked_for_into_the_cache_that_has_misses_in_flight(*, younger: bool, level: int) -> None:
+    plain = machine("x86-64-v3")
+    there = replace(plain, features=plain.features | ({"avx_vnni"} if younger else set()))
+    assert there.streams_into == level
+    for problem in (Matmul(100, 64), ATTENTION):
+        code = generate({problem.name: build(problem, there)}, there).mod.inspect_source("s")
+        first, second = (len(re.findall(rf"\bprefetch{hint}\b", code)) for hint in ("t0", "t1"))
+        assert first if younger else second
+        assert not (second if younger else isinstance(problem, Attention) and first)
+
+
+def test_a_weight_is_loaded_once_for_both_bytes_of_activations() -> None:
+    """For up to four rows, whose sums of both have registers: a turn has four vectors of codes of a byte."""
+    plain, problem = machine("x86-64-v4"), Matmul(64, 64, "q8", activations="int16")
+    options = {**plain.options, "mattr": ["-prefer-256-bit", "+avx512vnni"]}
+    there = replace(plain, features=plain.features | INT8, options=options)
+    code = generate({problem.name: integer(problem, there, planes=2)}, there).mod.inspect_source("s")
+    found = re.findall(r"^\S*rows(\d)\S*:$(.*?)^\.Lfunc_end", code, re.MULTILINE | re.DOTALL)
+    tiles = {int(rows): body for rows, body in found}
+    assert sorted(tiles) == list(range(1, 7))
+    for rows, body in tiles.items():
+        blocks = re.split(r"^\.LBB\S+:.*$|^\tj.*$", body, flags=re.MULTILINE)
+        products = [count for block in blocks if (count := len(re.findall(r"\bvpdpbusd\b", block)))]
+        assert products == ([8 * rows] if rows <= 4 else [4 * rows] * 2)
 
 
 @pytest.mark.parametrize("name", ["x86-64-v9", " x86-64", "znver4", "rocm"])
