@@ -228,9 +228,9 @@ def _tile(layout: TiledGroups, rounding: Rounding, rows: int, machine: Machine) 
         at_once = (planes + 1) * rows * len(b.chunks(cols)) <= _SUMS
         passes = [range(planes)] if at_once else [range(plane, plane + 1) for plane in range(planes)]
 
-        def higher(plane: int, row: int, index: int, lanes: int) -> Expr:
-            """What a plane adds to the products of the next one."""
-            return T.shift_left(products[plane].get(row, index), T.broadcast(T.int32(8), lanes))
+        def higher(row: int, index: int, lanes: int) -> Expr:
+            """What the products of higher bytes add to those of lower ones."""
+            return T.shift_left(products[0].get(row, index), T.broadcast(T.int32(8), lanes))
 
         def ask(turn: Expr, which: Iterable[int]) -> None:
             for line in which:
@@ -249,8 +249,8 @@ def _tile(layout: TiledGroups, rounding: Rounding, rows: int, machine: Machine) 
                         if plane == planes - 1 and (rounding.powers or not format.minimum):
                             start = begins[(row * apart_groups + group) * BESIDE + (not format.minimum)]
                         value = T.broadcast(start, lanes)
-                        if plane and plane - 1 not in these:
-                            value = value + higher(plane - 1, row, index, lanes)
+                        if plane and not at_once:
+                            value = value + higher(row, index, lanes)
                         products[plane].set(row, index, value)
                 into = [
                     (products[plane], row, ((row * apart_groups + group) * planes + plane) * QUADS)
@@ -274,8 +274,8 @@ def _tile(layout: TiledGroups, rounding: Rounding, rows: int, machine: Machine) 
                 for row in range(rows):
                     own = (row * apart_groups + group) * BESIDE
                     total = products[-1].get(row, index)
-                    if len(passes) < planes:
-                        total = total + higher(planes - 2, row, index, lanes)
+                    if planes > 1 and at_once:
+                        total = total + higher(row, index, lanes)
                     floats = f"float32x{lanes}"
                     if rounding.powers:
                         value = T.reinterpret(floats, total) - b.splat(beside[own], lanes)
