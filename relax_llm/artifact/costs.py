@@ -23,14 +23,14 @@ class Cost:
     bytes: int | float
 
 
-def own_sizes(kernel: Kernel, launch: Launch, sizes: Mapping[str, int]) -> dict[str, int]:
+def own_sizes(operator: str, launch: Launch, sizes: Mapping[str, int]) -> dict[str, int]:
     """The sizes of a call as one of its launches has them.
 
-    A kernel's formulas speak of the rows that it is given: the matmul behind `last_token` gets one for each sequence,
-    whatever the `seq` of the prefill is.
+    A kernel's formulas speak of the tokens that it is given: what stands behind the choice of the last token gets one
+    for each sequence, whatever the `seq` of the prefill is.
 
     Args:
-        kernel: What is launched.
+        operator: What is computed.
         launch: Where.
         sizes: batch, seq and kv_len of the call.
 
@@ -41,10 +41,20 @@ def own_sizes(kernel: Kernel, launch: Launch, sizes: Mapping[str, int]) -> dict[
         ArtifactError: A shape of the manifest is not a formula.
         InputError: A size that it names is not given.
     """
-    if "M" not in AXES.get(kernel.operator, ()):
-        return dict(sizes)
-    rows = int(prod(formulas.evaluate(size, sizes) for size in launch.arguments[-1].shape[:-1]))
-    return {**sizes, "seq": rows // sizes["batch"], "M": rows}
+    own, shape = dict(sizes), launch.arguments[-1].shape
+    has_rows = "M" in AXES.get(operator, ())
+    if has_rows or (shape[0] == "batch" and operator != "last_token"):
+        own["batch"], own["seq"] = (_value(size, sizes) for size in shape[:2])
+    if has_rows:
+        own["M"] = prod(_value(size, sizes) for size in shape[:-1])
+    return own
+
+
+def _value(formula: str, sizes: Mapping[str, int]) -> int:
+    """What most shapes consist of, without reading it as a formula."""
+    if formula in sizes:
+        return sizes[formula]
+    return int(formula) if formula.isdecimal() else int(formulas.evaluate(formula, sizes))
 
 
 def products_of(kernel: Kernel) -> str:
@@ -59,5 +69,5 @@ def products_of(kernel: Kernel) -> str:
 
 def cost(kernel: Kernel, launch: Launch, sizes: Mapping[str, int]) -> Cost:
     """What one launch costs in a call of these sizes; raises as `own_sizes` does."""
-    own = own_sizes(kernel, launch, sizes)
+    own = own_sizes(kernel.operator, launch, sizes)
     return Cost(formulas.evaluate(kernel.flops, own), formulas.evaluate(kernel.bytes, own))

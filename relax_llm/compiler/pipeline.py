@@ -17,6 +17,7 @@ from relax_llm.compiler.passes.check_once import CheckOnce
 from relax_llm.compiler.passes.combine_projections import CombineProjections
 from relax_llm.compiler.passes.fuse_matmul import FuseMatmul
 from relax_llm.compiler.passes.hide_internal import HideInternal
+from relax_llm.compiler.passes.hoist_last_token import HoistLastToken
 from relax_llm.compiler.passes.legalize import Legalize
 from relax_llm.compiler.passes.lift_weights import LiftWeights
 from relax_llm.compiler.passes.schedule_rest import ScheduleRest
@@ -207,6 +208,7 @@ def pipeline() -> Pipeline:
     theirs = relax.transform
     return Pipeline(
         [
+            Standard(HoistLastToken, "machine"),  # behind the last cache, only the last token is computed
             Standard(CombineProjections),  # q, k, v: one matmul
             Standard(FuseMatmul),  # bias, activation, gate * up and residual into matmuls
             Standard(Legalize, "machine"),  # norms and lookups have kernels of their own

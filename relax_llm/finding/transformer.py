@@ -14,7 +14,7 @@ Keys and values are compared with the model's cache, and the cosines and sines w
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -92,11 +92,16 @@ class Transformer:
                     return read_by(reader)
             return None
 
+        made_by = {reader: at for at, those in enumerate(flow) for reader, position in those if position == 0}
         found: list[Counterpart | None] = []
         for at, launch in enumerate(launches):
-            problem = manifest.kernels[launch.kernel].problem
-            found.append(self._own(launch, operators[at], problem))
-            if found[-1] is None and operators[at] != "append":
+            operator, source = operators[at], made_by.get(at)
+            if operator == "last_token" and source is not None and operators[source] != "append":
+                whole = found[source]
+                found.append(whole and replace(whole, make=_joined_for(launch)))
+                continue
+            found.append(self._own(launch, operator, manifest.kernels[launch.kernel].problem))
+            if found[-1] is None and operator != "append":
                 tensor = read_by(at)
                 if tensor is not None:
                     found[-1] = Counterpart(f"the input of {tensor[1]}", (tensor,), _joined_for(launch))

@@ -1,5 +1,6 @@
 """Rows picked by index: token and position embeddings, and the last token's hidden state."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -74,13 +75,24 @@ def embedding(problem: Embedding, machine: Machine) -> PrimFunc:
 
 @dataclass(frozen=True)
 class LastToken(Problem):
-    """The hidden state of each sequence's last token; logits are needed of no other."""
+    """The rows of each sequence's last token; logits are needed of no other.
+
+    Attributes:
+        hidden: Elements of a row.
+        heads: Rows of a token, if it has several.
+    """
 
     operator: ClassVar[str] = "last_token"
     hidden: int
+    heads: int | None = None
 
     def __post_init__(self) -> None:
-        require_positive(self, "hidden")
+        require_positive(self, "hidden", *(("heads",) if self.heads is not None else ()))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a token."""
+        return (self.hidden,) if self.heads is None else (self.heads, self.hidden)
 
     @property
     def flops(self) -> str:
@@ -88,20 +100,19 @@ class LastToken(Problem):
 
     @property
     def bytes(self) -> str:
-        return f"{8 * self.hidden}*batch"
+        return f"{8 * math.prod(self.shape)}*batch"
 
 
 def last_token(problem: LastToken, machine: Machine) -> PrimFunc:
-    """x [batch, seq, hidden] -> out [batch, 1, hidden]."""
-    hidden = problem.hidden
+    """x [batch, seq, (heads,) hidden] -> out [batch, 1, (heads,) hidden]."""
+    width = math.prod(problem.shape)
 
     def emit() -> None:
         batch, seq = b.size("batch"), b.size("seq")
-        x = b.argument("x", (batch, seq, hidden))
-        out = b.argument("out", (batch, 1, hidden))
+        x_arg = b.argument("x", (batch, seq, *problem.shape))
+        out_arg = b.argument("out", (batch, 1, *problem.shape))
+        x, out = b.view(x_arg, (batch, seq, width)), b.view(out_arg, (batch, width))
         with T.serial(batch) as row:
-            b.sweep(
-                hidden, lambda at, n: b.store(out, b.load(x, row, seq - 1, at, lanes=n), row, 0, at, lanes=n)
-            )
+            b.sweep(width, lambda at, n: b.store(out, b.load(x, row, seq - 1, at, lanes=n), row, at, lanes=n))
 
     return tag(b.prim_func(problem.name, emit), problem)

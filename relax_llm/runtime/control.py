@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from threading import Lock
 from typing import Any, get_args, overload
 
-from relax_llm.artifact import formulas
 from relax_llm.artifact.artifact import Artifact
+from relax_llm.artifact.costs import own_sizes
 from relax_llm.artifact.manifest import Launch
 from relax_llm.errors import ArtifactError, InputError
 from relax_llm.plan.kernel import AXES, Selection
@@ -336,9 +335,8 @@ def _keys(line: Line, run: Run, sizes: Mapping[str, int] | None) -> list[counts.
         for place, (index, given) in zip(line.chosen, run.served, strict=False)
     ]
     if sizes is not None:
-        rows: dict[tuple[str, ...], int] = {}
         keys += [
-            (one.site, one.operator, one.kernel, sizes_of(one.operator, launch, sizes, rows))
+            (one.site, one.operator, one.kernel, sizes_of(one.operator, launch, sizes))
             for launch, one in line.fixed
         ]
     return keys
@@ -354,18 +352,10 @@ def _single_kernels(plan: Plan) -> dict[Key, str]:
     }
 
 
-def sizes_of(
-    operator: str, launch: Launch, sizes: Mapping[str, int], rows: dict[tuple[str, ...], int]
-) -> tuple[tuple[str, int], ...]:
-    """The sizes by which kernels of an operator are told apart; `rows` remembers those worked out before."""
-    axes = AXES.get(operator, _SIZES)
-    known = dict(sizes)
-    if "M" in axes:
-        shape = launch.arguments[-1].shape[:-1]
-        if shape not in rows:
-            rows[shape] = int(prod(formulas.evaluate(size, sizes) for size in shape))
-        known["M"] = rows[shape]
-    return tuple((axis, known[axis]) for axis in axes)
+def sizes_of(operator: str, launch: Launch, sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """The sizes by which kernels of an operator are told apart, as a launch has them in a call."""
+    own = own_sizes(operator, launch, sizes)
+    return tuple((axis, own[axis]) for axis in AXES.get(operator, _SIZES))
 
 
 def _forced_text(kernel: str, places: Sequence[Place]) -> str:

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from statistics import median
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from relax_llm.artifact.costs import Cost, cost
+from relax_llm.artifact.costs import Cost, cost, own_sizes
 from relax_llm.artifact.listings import Listing
 from relax_llm.errors import InputError
 from relax_llm.plan.kernel import AXES
@@ -104,14 +103,12 @@ class Launch(HasCode):
     @cached_property
     def sizes(self) -> Mapping[str, int]:
         """The value of each symbolic size: batch, seq, kv_len, M where it has rows, and others of its tensors."""
-        found = dict(self._execution.sizes)
+        found = own_sizes(self.operator, self._described, self._execution.sizes)
         for said, value in zip(self._described.arguments, self._arguments, strict=True):
             shape = () if said.role == "size" else value.shape
             found |= {
                 name: int(size) for name, size in zip(said.shape, shape, strict=True) if name.isidentifier()
             }
-        if "M" in AXES.get(self.operator, ()):
-            found["M"] = prod(self._arguments[-1].shape[:-1])
         return found
 
     @property

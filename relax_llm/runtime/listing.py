@@ -46,13 +46,12 @@ def listed(
         made: What became of those that were made, and the seconds.
         current: Index of the launch at which the call stands.
     """
-    rows: dict[tuple[str, ...], int] = {}
     found = []
     for index, (launch, at) in enumerate(knowledge.line.launches):
         if isinstance(at, Fixed):
             kernel = at.kernel
         else:
-            known = dict(sizes_of(at.operator, launch, sizes, rows))
+            known = dict(sizes_of(at.operator, launch, sizes))
             kernel = at.kernels[knowledge.rule[index](tuple(known[axis] for axis in at.axes))][0]
         done, seconds = made.get(index, ("", None))
         found.append(Listed(index, at.site, at.operator, kernel, done, seconds, index == current))

@@ -282,7 +282,7 @@ class _Run:
             if not ended:  # the call failed before or in it
                 continue
             kernel = kernels[launch.kernel]
-            own = own_sizes(kernel, launch, self.sizes)
+            own = own_sizes(kernel.operator, launch, self.sizes)
             if isinstance(where, Place) and rule is not None:
                 name = where.kernels[rule(tuple(own[axis] for axis in where.axes))][0]
             else:

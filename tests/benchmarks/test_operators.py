@@ -17,7 +17,7 @@ def test_it_measures_every_problem_of_an_operator() -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert {row["problem"] for row in rows} == {"last_token_hidden576", "positions"}
+    assert {row["problem"] for row in rows} == {"last_token_hidden576", "last_token_hidden64_h9", "positions"}
     assert {row["sizes"]["seq"] for row in rows} == {1, 64, 512}
     for row in rows:
         assert row["seconds"] > 0

@@ -116,15 +116,20 @@ class _InMemory:
 
 def execute(mod: tvm.IRModule, weights: Weights, ids: Array, function: str = "hidden") -> Array:
     """Generate code, pack the weights as their recipes say, and run a function without caches."""
+    (values,) = execute_all(mod, weights, ids, function)
+    return values
+
+
+def execute_all(mod: tvm.IRModule, weights: Weights, ids: Array, *functions: str) -> list[Array]:
+    """The same for several functions."""
     recipes = weight_recipes(mod)
     with tvm.transform.PassContext(config=CODE_GENERATION):
         lowered = run(mod, pipeline().parts()[1].bind(Planner(MACHINE)))
         executable = relax.build(lowered, MACHINE.target, relax_pipeline=tvm.transform.Sequential([]))
     packed = [_tensor(recipe.make(_InMemory(weights))) for recipe in recipes]
     virtual_machine = relax.VirtualMachine(executable, tvm.cpu())
-    result = virtual_machine[function](_tensor(ids), Shape([ids.shape[1]]), [], packed)
-    values: Array = result.numpy()
-    return values
+    arguments: tuple[Any, ...] = (_tensor(ids), Shape([ids.shape[1]]), [], packed)
+    return [virtual_machine[function](*arguments).numpy() for function in functions]
 
 
 def _tensor(array: Array) -> Any:

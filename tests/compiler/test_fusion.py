@@ -13,7 +13,7 @@ from tvm.relax.frontend.nn.core import wrap_nested
 from relax_llm.kernels.matmul import Matmul
 from relax_llm.layers import Conv1D, Decoder, Linear, Step, activation, concat
 
-from .probes import HIDDEN, IDS, ROWS, Probe, decoder_of, execute, kernels, lower, random_weights
+from .probes import HIDDEN, IDS, ROWS, Probe, decoder_of, execute, execute_all, kernels, lower, random_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -391,12 +391,13 @@ def test_probe(name: str) -> None:
         ]
         assert sorted(found) == sorted(probe.matmuls)
     weights = random_weights(decoder)
-    ours = execute(mod, weights, IDS)
     x = weights["embed.weight"].astype(np.float64)[IDS]
     reference = probe.reference(weights, x)
-    assert ours.shape == reference.shape
-    assert np.isfinite(ours).all()
-    assert np.abs(ours - reference).max() <= 1e-5 * max(1.0, np.abs(reference).max())
+    of_all, of_last = execute_all(mod, weights, IDS, "hidden", "prefill")
+    for ours, right in ((of_all, reference), (of_last, reference[:, -1:])):
+        assert ours.shape == right.shape
+        assert np.isfinite(ours).all()
+        assert np.abs(ours - right).max() <= 1e-5 * max(1.0, np.abs(reference).max())
 
 
 class _TableNamedWeight(Decoder):

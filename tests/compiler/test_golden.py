@@ -25,7 +25,7 @@ from .modules import TARGET, after, before, called_of, functions_of, kernels_of,
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PASSES = ("CombineProjections", "FuseMatmul", "Legalize", "SelectKernels", "LiftWeights")
+PASSES = ("HoistLastToken", "CombineProjections", "FuseMatmul", "Legalize", "SelectKernels", "LiftWeights")
 families = pytest.mark.parametrize("model", ["llama", "gpt2"])
 
 

@@ -90,10 +90,10 @@ def test_diffs_lead_from_each_module_to_the_next(dump: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("patch") is None, reason="patch is not installed")
 def test_diffs_are_what_patch_reads(dump: Path, tmp_path: Path) -> None:
-    copied = shutil.copyfile(dump / "03_Legalize.py", tmp_path / "module.py")
-    diff = dump / "04_SelectKernels.diff"
+    copied = shutil.copyfile(dump / "04_Legalize.py", tmp_path / "module.py")
+    diff = dump / "05_SelectKernels.diff"
     subprocess.run(["patch", "-s", str(copied), str(diff)], check=True)
-    assert copied.read_text() == (dump / "04_SelectKernels.py").read_text()
+    assert copied.read_text() == (dump / "05_SelectKernels.py").read_text()
 
 
 class _Page(HTMLParser):
@@ -156,8 +156,9 @@ def test_where_a_pass_fails_the_modules_before_it_are_there(tmp_path: Path, chec
         rl.compile(checkpoint, pipeline=passes, dump_ir=tmp_path / "ir")
     assert sorted(path.name for path in (tmp_path / "ir").glob("*.py")) == [
         "00_export.py",
-        "01_CombineProjections.py",
-        "02_FuseMatmul.py",
+        "01_HoistLastToken.py",
+        "02_CombineProjections.py",
+        "03_FuseMatmul.py",
     ]
     assert (
         "did not end.</strong> The pass divides_by_zero fails" in (tmp_path / "ir" / "index.html").read_text()

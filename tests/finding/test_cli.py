@@ -66,7 +66,7 @@ def test_a_plan_that_is_wrong(call: Callable[..., tuple[int, str, str]], directo
 def test_two_models(call: Callable[..., tuple[int, str, str]], directory: Path) -> None:
     code, out, _ = call("compare", directory, directory, *SIZE)
     assert code == 0
-    assert "All 46 sites that can be compared are within their bounds." in out
+    assert "All 47 sites that can be compared are within their bounds." in out
     assert "The likeliest token is the same in 2 of 2 calls." in out
     assert call("compare", directory, directory, "--ids", "--prompt", "1 2 3", "-n", "0")[0] == 0
 

@@ -63,7 +63,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("recording")
     (folder / "sizes.h").write_text("typedef int64_t Size;\n")
     (folder / "kernels.py").write_text(KERNELS)
-    return write(folder / "checkpoint", LLAMA), folder / "kernels.py"
+    return write(folder / "checkpoint", LLAMA | {"num_hidden_layers": 2}), folder / "kernels.py"
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ def test_times_follow_each_other(model: rl.Runner) -> None:
 
 
 def test_arithmetic_is_counted_by_the_rows_that_a_launch_has(model: rl.Runner) -> None:
-    """The last matmul of a prefill has one row for each sequence, however long the prompt is."""
+    """Behind the last attention of a prefill there is one row for each sequence, however long the prompt is."""
     kernels = model.artifact.manifest.kernels
     with model.tracing(LIMITS) as trace:
         model.prefill(model.start(2), np.ones((2, 17), int))
@@ -100,8 +100,10 @@ def test_arithmetic_is_counted_by_the_rows_that_a_launch_has(model: rl.Runner) -
             assert launch.share(LIMITS) == pytest.approx(
                 max(launch.flops / LIMITS.flops, launch.bytes / LIMITS.bytes) / launch.duration
             )
-    assert rows[:-1] == [34] * (len(rows) - 1)
-    assert rows[-1] == 2
+    assert rows[:-4] == [34] * (len(rows) - 4)
+    assert rows[-4:] == [2] * 4
+    (attention,) = (launch for launch in trace.launches if launch.operator == "attention")
+    assert attention.sizes == {"batch": 2, "seq": 1, "kv_len": 17}
 
 
 def served(call: TracedCall) -> tuple[str, str, str]:

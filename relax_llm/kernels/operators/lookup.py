@@ -100,25 +100,25 @@ EMBEDDING = Operator(
 
 
 def last_operands(problem: LastToken, layout: Layout | None) -> tuple[Operand, ...]:
-    """(x [batch, seq, hidden], out [batch, 1, hidden])."""
+    """(x [batch, seq, (heads,) hidden], out [batch, 1, (heads,) hidden])."""
     return (
-        Operand("x", ("batch", "seq", problem.hidden)),
-        Operand("out", ("batch", 1, problem.hidden), role="output"),
+        Operand("x", ("batch", "seq", *problem.shape)),
+        Operand("out", ("batch", 1, *problem.shape), role="output"),
     )
 
 
 def last_definition(problem: LastToken) -> PrimFunc:
     """Plain loops: block "last"."""
     batch, seq = tirx.Var("batch", "int64"), tirx.Var("seq", "int64")
-    x = te.placeholder((batch, seq, problem.hidden), name="x")
-    out = te.compute((batch, 1, problem.hidden), lambda b, _, c: x[b, seq - 1, c], name="last")
+    x = te.placeholder((batch, seq, *problem.shape), name="x")
+    out = te.compute((batch, 1, *problem.shape), lambda b, _, *at: x(b, seq - 1, *at), name="last")
     func = te.create_prim_func([x, out]).with_attr("global_symbol", f"loops_{problem.name}")
     return tag(func, problem)
 
 
 def last_inputs(problem: LastToken, sizes: Sizes, rng: np.random.Generator, exact: bool) -> dict[str, Array]:
     """Random rows."""
-    return {"x": rng.standard_normal((sizes["batch"], sizes["seq"], problem.hidden), np.float32)}
+    return {"x": rng.standard_normal((sizes["batch"], sizes["seq"], *problem.shape), np.float32)}
 
 
 def last_expected(
@@ -135,7 +135,7 @@ LAST_TOKEN = Operator(
     last_definition,
     last_inputs,
     last_expected,
-    samples=(LastToken(1), LastToken(17), LastToken(64)),
-    benchmarks=(LastToken(576),),
-    mistakes=(Mistake({"hidden": 0}, "at least 1"),),
+    samples=(LastToken(1), LastToken(17), LastToken(64), LastToken(6, 3), LastToken(64, 9)),
+    benchmarks=(LastToken(576), LastToken(64, 9)),
+    mistakes=(Mistake({"hidden": 0}, "at least 1"), Mistake({"hidden": 4, "heads": 0}, "at least 1")),
 )
