@@ -6,7 +6,7 @@ from tvm.tirx.script.builder import ir as T
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.machine import LANES, Machine
-from relax_llm.kernels.matmul.operands import Operands, Parts, Sums, tiles_for, write
+from relax_llm.kernels.matmul.operands import Operands, Parts, Sums, cut, tiles_for, write
 from relax_llm.kernels.matmul.problem import Matmul
 from relax_llm.kernels.matmul.shape import PIECE, blocked_blocking
 
@@ -17,8 +17,9 @@ def blocked(problem: Matmul, machine: Machine) -> PrimFunc:
     A task owns a block of rows and a group of panels. For each part of the reduction it copies the block's piece of x
     to memory of its own, where rows lie an odd number of cache lines apart: in x itself they are often a multiple of a
     page apart, and compete for a few places of the first-level cache. The piece stays in the second-level cache for
-    all panels of the group, and each part of a panel for all rows of the block. Sums are carried from one part to the
-    next; every output is summed over k in ascending order, as in `tiled`, and so the results are the same.
+    all panels of the group, and each part of a panel for all rows of the block. A core goes through the blocks of half
+    the rows for a group of panels before the next group. Sums are carried from one part to the next; every output is
+    summed over k in ascending order, as in `tiled`, and so the results are the same.
     """
     blocking = blocked_blocking(problem, machine)
     k, tile, steps, most, count = problem.k, blocking.tile, blocking.steps, blocking.tiles, blocking.parts
@@ -27,14 +28,16 @@ def blocked(problem: Matmul, machine: Machine) -> PrimFunc:
         operands = Operands.declare(problem, machine, flat=True)
         parts = Parts(operands, blocking, PIECE)
         m, x, panels = operands.m, operands.x, operands.panels
-        tiles = b.let("tiles", tiles_for(tile, m))
-        blocks = b.let("blocks", (tiles + (most - 1)) // most)
+        tiles, blocks = cut(tiles_for(tile, m), most)
+        in_half = b.let("in_half", (blocks + 1) // 2)
         groups = blocking.groups(panels)
         widest = -(-panels // groups)
 
         def task(index: Expr) -> None:
-            group = b.let("group", T.truncdiv(index, blocks))
-            block = b.let("block", index - group * blocks)
+            before = b.let("before", T.truncdiv(index, in_half))
+            half = b.let("half", T.truncdiv(before, T.int64(groups)))
+            group = b.let("group", before - half * groups)
+            block = b.let("block", half * in_half + (index - before * in_half))
             start = b.let("start", tiles * block // blocks)
             own = b.let("own", tiles * (block + 1) // blocks - start)
             top = b.let("top", m * start // tiles)

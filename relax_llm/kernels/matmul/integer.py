@@ -17,7 +17,7 @@ from relax_llm.kernels.inner import inner, memory, number, pointer
 from relax_llm.kernels.intrinsics import INT8, dot_int8
 from relax_llm.kernels.layout import TiledGroups
 from relax_llm.kernels.machine import LANES, LINE, Machine
-from relax_llm.kernels.matmul.operands import Operands, Sums, write
+from relax_llm.kernels.matmul.operands import Operands, Sums, cut, write
 from relax_llm.kernels.matmul.problem import Matmul
 from relax_llm.kernels.matmul.quantize import BESIDE, QUADS, encode_row, quantize
 from relax_llm.plan.kernel import Declined
@@ -86,8 +86,7 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
             b.tasks((m + (_AT_ONCE - 1)) // _AT_ONCE, some_rows, serial_if=small, name="rows")
 
         parts = -(-groups // _PART)
-        tiles = b.let("tiles", (m + (_ROWS - 1)) // _ROWS)
-        blocks = b.let("blocks", blocks_for(tiles))
+        tiles, blocks = cut(b.let("fewest", (m + (_ROWS - 1)) // _ROWS), _TILES)
 
         def task(index: Expr) -> None:
             block = b.let("block", index // operands.panels)
@@ -136,17 +135,6 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
         b.tasks(blocks * operands.panels, task, name="panel")
 
     return b.prim_func(f"integer{8 * planes}__{problem.name}", emit)
-
-
-def blocks_for(tiles: Expr) -> Expr:
-    """How many blocks of rows there are: one, or an even number.
-
-    Tasks go through all panels of a block before the next one, so that half of the cores, or the one of two, have half
-    of the rows, as in kernels of single rows. Their caches may be far apart: in a virtual machine of two cores moving
-    them from one to the other was seen to take ten times as long as reading them again, where a processor has several
-    third-level caches.
-    """
-    return T.if_then_else(tiles <= _TILES, T.int64(1), (tiles + (2 * _TILES - 1)) // (2 * _TILES) * 2)
 
 
 def ahead_of(machine: Machine) -> int:

@@ -6,7 +6,7 @@ from tvm.tirx.script.builder import ir as T
 
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.matmul.operands import Parts, Sums, tiles_for, write
+from relax_llm.kernels.matmul.operands import Parts, Sums, cut, tiles_for, write
 
 
 def by_panel(parts: Parts, x_at: Callable[[Expr, Expr], Expr]) -> None:
@@ -20,8 +20,7 @@ def by_panel(parts: Parts, x_at: Callable[[Expr, Expr], Expr]) -> None:
     """
     operands, blocking = parts.operands, parts.blocking
     tile, most, count, m = blocking.tile, blocking.tiles, blocking.parts, operands.m
-    tiles = b.let("tiles", tiles_for(tile, m))
-    blocks = b.let("blocks", (tiles + (most - 1)) // most)
+    tiles, blocks = cut(tiles_for(tile, m), most)
 
     def task(index: Expr) -> None:
         block = b.let("block", index // operands.panels)

@@ -80,12 +80,14 @@ class Blocking:
         return 2 * -(-panels // (2 * self.group)) if panels > 1 else 1
 
     def count(self, m: int) -> int:
-        """Tiles that M rows are cut into, where M is known."""
-        return max(-(-m // self.tile.rows), min(2, -(-m // self.tile.alone)))
+        """Tiles that M rows are cut into, where M is known; see `operands.cut`."""
+        fewest = max(-(-m // self.tile.rows), min(2, -(-m // self.tile.alone)))
+        return fewest if fewest <= self.tiles else fewest + fewest % 2
 
     def blocks(self, m: int) -> int:
         """Blocks of M rows, where M is known."""
-        return -(-self.count(m) // self.tiles)
+        tiles = self.count(m)
+        return 1 if tiles <= self.tiles else 2 * -(-tiles // (2 * self.tiles))
 
 
 def tiled_blocking(problem: Matmul, machine: Machine) -> Blocking:
