@@ -1,6 +1,7 @@
 """weights.safetensors: written one tensor at a time, read into large pages of memory or mapped."""
 
 import json
+import math
 import mmap
 import os
 import platform
@@ -29,6 +30,8 @@ ALIGNMENT = 64
 
 _LARGE_PAGE = 2**21  # bytes
 _PIECE = 2**23  # bytes that one thread reads at a time
+_LOOKED_AT = 32  # pages of a mapped file
+_ENOUGH = 0.75  # of these: mapped so, a file is read as fast as memory in large pages
 _READERS = 4  # threads at most; a few of them copy as fast as memory allows
 
 _DTYPES = {
@@ -110,7 +113,7 @@ def read(path: Path, weights: Sequence[Weight], *, mapped: bool | None = None) -
 
     A map's pages are read when first used, and shared between processes. But where they are of 4 KB, looking up their
     addresses costs a core that streams through the weights up to half of the speed of memory. Linux keeps files in
-    larger pieces from 6.16 on.
+    larger pieces from 6.16 on, if it had some when the file was written or read; so some pages are looked at.
 
     The map is copy-on-write, because DLPack hands over only writable memory. The few tensors that cannot lie at an
     aligned address are copied in any case.
@@ -128,7 +131,7 @@ def read(path: Path, weights: Sequence[Weight], *, mapped: bool | None = None) -
     """
     try:
         with path.open("rb") as file:
-            memory = _map(file) if mapped or (mapped is None and _maps_large_pages()) else _copy(file)
+            memory = _memory(file, mapped)
         (length,) = struct.unpack("<Q", memory[:8].tobytes())
         header: Mapping[str, Any] = json.loads(memory[8 : 8 + length].tobytes())
         return [_view(memory, 8 + length, header[weight.name], weight) for weight in weights]
@@ -169,6 +172,55 @@ def _maps_large_pages() -> bool:
         return True  # pages of 16 KB, or nothing is known
     major, minor = (int(part) for part in re.findall(r"\d+", platform.release())[:2])
     return (major, minor) >= (6, 16)
+
+
+def _memory(file: BinaryIO, mapped: bool | None) -> Array:
+    if not (mapped or (mapped is None and _maps_large_pages())):
+        return _copy(file)
+    memory = _map(file)
+    size = len(memory)
+    if mapped is None and size < _physical_memory() / 2 and _share_of_large_pages(memory) < _ENOUGH:
+        return _copy(file)
+    return memory
+
+
+def _physical_memory() -> float:
+    """Bytes; without end where that is not known."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def _share_of_large_pages(mapped: Array) -> float:
+    """How much of a mapped file lies in pages of 2 MB, by some that are used for this; 1 where nobody says so."""
+    begin = mapped.ctypes.data
+    pages = range(-begin % _LARGE_PAGE, len(mapped) - _LARGE_PAGE + 1, _LARGE_PAGE)
+    used = pages[:: -(-len(pages) // _LOOKED_AT)] if pages else pages
+    for start in used:
+        mapped[start]  # the system finds the page now
+    try:
+        large = _large_pages_at(begin)
+    except (OSError, ValueError):
+        return 1.0
+    return large / len(used) if used and large is not None else 1.0
+
+
+def _large_pages_at(address: int) -> float | None:
+    """The pages of 2 MB by which a file is mapped at an address; None where the system does not say so.
+
+    Raises:
+        OSError, ValueError: The system says it otherwise, or not at all.
+    """
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines():
+        name, _, rest = line.partition(" ")
+        if not name.endswith(":"):
+            first, _, last = name.partition("-")
+            inside = int(first, 16) <= address < int(last, 16)
+        elif inside and name == "FilePmdMapped:":
+            return int(rest.split()[0]) * 1024 / _LARGE_PAGE
+    return None
 
 
 def _map(file: BinaryIO) -> Array:

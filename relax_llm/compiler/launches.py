@@ -13,16 +13,17 @@ from relax_llm.compiler.bindings import Line, is_op, lines
 from relax_llm.compiler.passes.lift_weights import weight_recipes
 from relax_llm.compiler.planner import Choice
 from relax_llm.compiler.recipes import Recipe, weight_name
+from relax_llm.kernels.lookup import LastToken
 from relax_llm.kernels.operators import operator_of
 from relax_llm.kernels.problem import Problem, problem_of
-from relax_llm.layers.decoder import site_of_weight
+from relax_llm.layers.decoder import site_of_last_token, site_of_weight
 
 
 def functions(mod: IRModule) -> dict[str, tuple[Launch, ...]]:
     """The launches of every function of a module after `LiftWeights`, in program order."""
     recipes = weight_recipes(mod)
     problems = {
-        var.name_hint: problem.name
+        var.name_hint: problem
         for var, func in mod.functions_items()
         if isinstance(func, PrimFunc) and (problem := problem_of(func))
     }
@@ -68,23 +69,29 @@ def _unnamed(launch: Launch) -> Kernel:
     return Kernel("fused", {}, sizes[-1], " + ".join(f"4*{size}" for size in sizes))
 
 
-def _launches(line: Line, recipes: list[Recipe], problems: Mapping[str, str]) -> list[Launch]:
+def _launches(line: Line, recipes: list[Recipe], problems: Mapping[str, Problem]) -> list[Launch]:
     tuples = line.params[2:4]  # of caches and of weights, in functions that have these
     roles: dict[relax.Var, tuple[str, str]] = {}
+    sites: dict[relax.Var, str] = {}  # where a tensor is made
     found = []
     for var, expr in line:
         if isinstance(expr, relax.TupleGetItem):
+            sites[var] = sites.get(expr.tuple_value, "")
             if expr.tuple_value.same_as(tuples[1]):
                 roles[var] = ("weight", weight_name(recipes[expr.index]))
             elif expr.tuple_value.same_as(tuples[0]):
                 roles[var] = ("cache", var.name)
         elif is_op(expr, "relax.call_tir") or is_op(expr, "relax.call_tir_inplace"):
-            found.append(_launch(expr, roles, problems))
+            found.append(_launch(expr, roles, sites, problems))
+            sites[var] = found[-1].site
     return found
 
 
 def _launch(
-    call: relax.Call, roles: Mapping[relax.Var, tuple[str, str]], problems: Mapping[str, str]
+    call: relax.Call,
+    roles: Mapping[relax.Var, tuple[str, str]],
+    sites: Mapping[relax.Var, str],
+    problems: Mapping[str, Problem],
 ) -> Launch:
     arguments = []
     for operand in call.args[1]:
@@ -100,17 +107,15 @@ def _launch(
         ]
     arguments += [_tensor("output", "", out) for out in outputs]
     kernel: ir.GlobalVar = call.args[0]
-    return Launch(
-        _site(arguments, problems.get(kernel.name_hint, kernel.name_hint)), kernel.name_hint, tuple(arguments)
-    )
-
-
-def _site(arguments: list[Argument], kernel: str) -> str:
-    """The place in the model that a launch's weight or cache names; kernels without either are places of their own."""
+    problem = problems.get(kernel.name_hint)
     named = [argument for argument in arguments if argument.name and argument.role in ("weight", "cache")]
-    if not named:
-        return kernel
-    return site_of_weight(named[0].name)
+    if named:
+        site = site_of_weight(named[0].name)
+    elif isinstance(problem, LastToken):
+        site = site_of_last_token(sites.get(call.args[1][0], "")) or problem.name
+    else:  # a place of its own
+        site = problem.name if problem else kernel.name_hint
+    return Launch(site, kernel.name_hint, tuple(arguments))
 
 
 def _tensor(role: str, name: str, type_: Any) -> Argument:

@@ -67,6 +67,12 @@ def site_of_weight(name: str) -> str:
     return site_of(name.rpartition(".")[0] or name)
 
 
+def site_of_last_token(made: str) -> str:
+    """The place where the last token of what is made at a site is chosen, beside it; empty for a site in no module."""
+    module = made.rpartition(".")[0]
+    return module and f"{module}.last_token"
+
+
 def _modules(root: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
     children: Iterator[tuple[str, Any]]
     if isinstance(root, nn.ModuleList):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import relax_llm as rl
+from relax_llm.artifact import weights
 from relax_llm.artifact.manifest import FORMAT, Manifest, Weight
 from relax_llm.artifact.weights import ALIGNMENT, aligned, copy, read, write
 from relax_llm.errors import ArtifactError
@@ -20,9 +23,6 @@ from relax_llm.errors import ArtifactError
 from ..machines import PLAINER
 from .checkpoints import LLAMA, write as write_checkpoint
 from .process import COMPILERS, forbid, run
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2]
 
@@ -218,6 +218,32 @@ def test_large_memory_is_zeroed_and_aligned() -> None:
 def test_a_weight_of_another_shape_is_not_written(tmp_path: Path) -> None:
     with (tmp_path / "w").open("wb") as file, pytest.raises(ArtifactError, match=r"'a'.*came out as"):
         write(file, ODD[:1], lambda _: np.zeros(4))
+
+
+def _is_mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how a file is mapped")
+@pytest.mark.parametrize("share", [None, 0.9])
+def test_a_file_that_lies_in_small_pages_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float | None
+) -> None:
+    (weight,) = many = (Weight("w", "w", (1 << 22,), "float32"),)
+    values, whole = np.arange(1 << 22, dtype=np.float32), io.BytesIO()
+    write(whole, many, lambda _: values)
+    path = tmp_path / "weights.safetensors"
+    with path.open("wb", buffering=0) as file:
+        for start in range(0, whole.getbuffer().nbytes, 4096):  # the file's pages are as small, too
+            file.write(whole.getbuffer()[start : start + 4096])
+    with path.open("rb") as file:
+        assert weights._share_of_large_pages(weights._map(file)) < 0.5
+    if share is not None:
+        monkeypatch.setattr(weights, "_share_of_large_pages", lambda _: share)
+    monkeypatch.setattr(weights, "_maps_large_pages", lambda: True)  # as newer systems do
+    (array,) = read(path, [weight])
+    assert _is_mapped(path) == (share is not None)
+    np.testing.assert_array_equal(array, values)
 
 
 MEMORY = """

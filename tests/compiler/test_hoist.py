@@ -121,14 +121,25 @@ def test_over_parts_of_a_row() -> None:
     assert _hoisted(forward, a=_linear) == ["take seq", "last_token 1", "matmul 1", "tanh 1", "concat 1"]
 
 
-def test_a_value_that_others_need_whole_is_computed_once() -> None:
+def test_not_over_arithmetic_alone() -> None:
     def forward(m: Any, x: nn.Tensor) -> nn.Tensor:
         y = m.a(x)
         mixed = relax.op.nn.softmax(y._expr, axis=1)
-        return _wrapped(relax.op.add(y._expr, relax.op.exp(mixed)))
+        return m.b(_wrapped(relax.op.add(y._expr, relax.op.exp(mixed))))
 
-    assert _hoisted(forward, a=_linear) == [
-        *("take seq", "matmul seq", "nn.softmax seq", "last_token 1", "exp 1", "last_token 1", "add 1"),
+    assert _hoisted(forward, a=_linear, b=_linear) == [
+        *("take seq", "matmul seq", "nn.softmax seq", "exp seq", "add seq", "last_token 1", "matmul 1"),
+    ]
+
+
+def test_a_value_that_others_need_whole_is_computed_once() -> None:
+    def forward(m: Any, x: nn.Tensor) -> nn.Tensor:
+        y = m.a(x)
+        return m.b(y) + m.b(_wrapped(relax.op.nn.softmax(y._expr, axis=1)))
+
+    assert _hoisted(forward, a=_linear, b=_linear) == [
+        *("take seq", "matmul seq", "last_token 1", "matmul 1", "nn.softmax seq"),
+        *("last_token 1", "matmul 1", "add 1"),
     ]
 
 
@@ -150,9 +161,9 @@ def test_not_over_what_mixes_tokens(mix: Callable[[relax.Expr], relax.Expr]) -> 
 
 def test_what_is_alike_for_all_tokens_stays() -> None:
     def forward(m: Any, x: nn.Tensor) -> nn.Tensor:
-        return _wrapped(relax.op.add(x._expr, relax.op.sum(x._expr, axis=1, keepdims=True)))
+        return _wrapped(relax.op.add(m.a(x)._expr, relax.op.sum(x._expr, axis=1, keepdims=True)))
 
-    assert _hoisted(forward) == ["take seq", "sum 1", "last_token 1", "add 1"]
+    assert _hoisted(forward, a=_linear) == ["take seq", "last_token 1", "matmul 1", "sum 1", "add 1"]
 
 
 def test_there_is_nothing_to_hoist_over() -> None:

@@ -207,7 +207,7 @@ def test_every_site_agrees_with_transformers(family: tuple[Path, rl.Artifact]) -
     checkpoint, artifact = family
     found = rl.compare(artifact, reference=checkpoint, length=20, decodes=3)
     assert found.agrees, found.sentence()
-    queries = "last_token_hidden8_h3" if "gpt2" in checkpoint.name else "last_token_hidden6_h4"
+    queries = "h.1.last_token" if "gpt2" in checkpoint.name else "layers.1.last_token"
     assert found.alone == (*(("positions",) if "gpt2" in checkpoint.name else ()), queries)
     assert max(site.local.relative / site.bound for site in found.sites if site.bound) < 0.5
     assert max(call.divergence for call in found.calls) < 1e-10

@@ -112,6 +112,14 @@ class _Rows:
         parts = [var for var in found if isinstance(self.line[var], relax.TupleGetItem)]
         return found - {last, *(var for var in parts if self.line[var].tuple_value not in found)}
 
+    def worthwhile(self, narrow: set[relax.Var]) -> set[relax.Var]:
+        """Of these what spares more than arithmetic on single elements, which is fused with what is before it."""
+        found: set[relax.Var] = set()
+        for var, expr in self.line:
+            if var in narrow and (_is_work(expr) or any(value in found for value in self.read(var) or ())):
+                found.add(var)
+        return found
+
     def _keeps_rows(self, expr: relax.Expr) -> bool:
         """Whether an operator computes rows of results [batch, seq, n] from the same rows of its operands."""
         results = expr.ty.fields if isinstance(expr.ty, relax.TupleType) else [expr.ty]
@@ -134,10 +142,16 @@ class _Rows:
         return any(var.same_as(seq) for size in kind.shape for var in tirx.analysis.undefined_vars(size))
 
 
+def _is_work(expr: relax.Expr) -> bool:
+    """Whether an operator is more than arithmetic on single elements, and moving them."""
+    name = getattr(getattr(expr, "op", None), "name", "relax.split")
+    return name not in _ELEMENTWISE and name not in ("relax.concat", "relax.split")
+
+
 def _hoist(edit: Edit, rows: _Rows, last: relax.Var, machine: Machine) -> None:
     """Compute for the last token alone what nothing but its choice needs."""
     line, batch = rows.line, rows.chosen.ty.shape[0]
-    narrow, of_last = rows.only_for(last), dict[relax.Var, relax.Var]()
+    narrow, of_last = rows.worthwhile(rows.only_for(last)), dict[relax.Var, relax.Var]()
 
     def choose(value: relax.Var) -> tuple[relax.Var, relax.Expr]:
         count, _, *heads, hidden = value.ty.shape

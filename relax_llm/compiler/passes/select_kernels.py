@@ -1,6 +1,6 @@
 """Definitions give way to kernels, and weights to the layouts these kernels read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace as changed_copy
 from functools import partial
 
@@ -15,12 +15,12 @@ from relax_llm.kernels.forms import Realized, sizes_of
 from relax_llm.kernels.gpu import launched
 from relax_llm.kernels.layout import Layout, Packed, Plain
 from relax_llm.kernels.library import build
-from relax_llm.kernels.lookup import Embedding
+from relax_llm.kernels.lookup import Embedding, LastToken
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul import Matmul
 from relax_llm.kernels.matmul.epilogue import epilogue, epilogue_operands
 from relax_llm.kernels.problem import Problem
-from relax_llm.layers.decoder import site_of_weight
+from relax_llm.layers.decoder import site_of_last_token, site_of_weight
 from relax_llm.plan.python_kernel import PREFIX
 
 ENCODE = "relax_llm.encode."
@@ -178,12 +178,25 @@ def _callee(edit: Edit, realized: Realized) -> tuple[ir.GlobalVar | str, tuple[s
 
 
 def site_of_operands(line: Line, operands: list[relax.Expr], problem: Problem) -> str:
-    """The place that the first weight or cache among operands names; what has neither is a place of its own."""
+    """The place that the first weight or cache among operands names; what has neither is a place of its own.
+
+    The last token is chosen beside what makes the others.
+    """
+    if isinstance(problem, LastToken):
+        made = line.get(operands[0])
+        if isinstance(made, relax.TupleGetItem):
+            made = line.get(made.tuple_value)
+        named = _named(line, made.args[1]) if made is not None and is_launch(made) else ""
+        return site_of_last_token(named) or problem.name
+    return _named(line, operands) or problem.name
+
+
+def _named(line: Line, operands: Iterable[relax.Expr]) -> str:
     for operand in operands:
         names = _sources(line, operand)
         if names:
             return site_of_weight(joined_name(names))
-    return problem.name
+    return ""
 
 
 def _sources(line: Line, operand: relax.Expr) -> list[str]:
