@@ -54,8 +54,8 @@ class HoistLastToken:
 
     What is hoisted over computes a token's row from the same token's rows: arithmetic on single elements, products with
     weights, what goes along the last axis, and attention, which sees the others in the cache. A value that something
-    else needs of all tokens is computed for all of them, and the last one is chosen there. Where only arithmetic on single
-    elements would be spared, it stays: that is fused with what is before it.
+    else needs of all tokens is computed for all of them, and the last one is chosen there. Where only arithmetic on
+    single elements would be spared, it stays: that is fused with what is before it.
 
     Attributes:
         machine: What kernels are generated for.
