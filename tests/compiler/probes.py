@@ -54,6 +54,16 @@ class Probe:
     matmuls: tuple[str, ...] | None = None
 
 
+def declare(**made: Callable[[], Any]) -> Callable[[Any], None]:
+    """What declares layers by name; each is made when the decoder is."""
+
+    def layers_of(decoder: Any) -> None:
+        for name, make in made.items():
+            setattr(decoder, name, make())
+
+    return layers_of
+
+
 def decoder_of(probe: Probe) -> layers.Decoder:
     """The decoder that a probe describes."""
 

@@ -13,7 +13,19 @@ from tvm.relax.frontend.nn.core import wrap_nested
 from relax_llm.kernels.matmul import Matmul
 from relax_llm.layers import Conv1D, Decoder, Linear, Step, activation, concat
 
-from .probes import HIDDEN, IDS, ROWS, Probe, decoder_of, execute, execute_all, kernels, lower, random_weights
+from .probes import (
+    HIDDEN,
+    IDS,
+    ROWS,
+    Probe,
+    declare,
+    decoder_of,
+    execute,
+    execute_all,
+    kernels,
+    lower,
+    random_weights,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,16 +36,6 @@ if TYPE_CHECKING:
     Weights = dict[str, Array]
 
 H, N = HIDDEN, 10
-
-
-def _layers(**made: Callable[[], Any]) -> Callable[[Any], None]:
-    """Declare layers by name; each is made when the decoder is."""
-
-    def declare(decoder: Any) -> None:
-        for name, make in made.items():
-            setattr(decoder, name, make())
-
-    return declare
 
 
 def _linear(outputs: int = N, *, bias: bool = False, inputs: int = H) -> Callable[[], nn.Module]:
@@ -92,245 +94,245 @@ def _transposed(weight: nn.Parameter, axes: list[int] | None = None) -> Any:
 
 PROBES: dict[str, Probe] = {
     "projections of one input": Probe(
-        _layers(a=_linear(), b=_linear(3), c=_linear(4)),
+        declare(a=_linear(), b=_linear(3), c=_linear(4)),
         lambda m, x: concat([m.a(x), m.b(x), m.c(x)]),
         lambda w, x: _join(_apply(w, "a", x), _apply(w, "b", x), _apply(w, "c", x)),
         ("n17_k12",),
     ),
     "projections with biases": Probe(
-        _layers(a=_linear(bias=True), b=_linear(3, bias=True)),
+        declare(a=_linear(bias=True), b=_linear(3, bias=True)),
         lambda m, x: concat([m.a(x), m.b(x)]),
         lambda w, x: _join(_apply(w, "a", x), _apply(w, "b", x)),
         ("n13_k12_bias",),
     ),
     "a bias on one projection alone": Probe(
-        _layers(a=_linear(bias=True), b=_linear(3)),
+        declare(a=_linear(bias=True), b=_linear(3)),
         lambda m, x: concat([m.a(x), m.b(x)]),
         lambda w, x: _join(_apply(w, "a", x), _apply(w, "b", x)),
         ("n10_k12_bias", "n3_k12"),
     ),
     "a projection that is used elsewhere, too": Probe(
-        _layers(a=_linear(), b=_linear(3)),
+        declare(a=_linear(), b=_linear(3)),
         lambda m, x: (lambda a: concat([concat([a, m.b(x)]), a]))(m.a(x)),
         lambda w, x: _join(_apply(w, "a", x), _apply(w, "b", x), _apply(w, "a", x)),
         ("n10_k12", "n3_k12"),
     ),
     "projections of different inputs": Probe(
-        _layers(a=_linear(), b=_linear(3)),
+        declare(a=_linear(), b=_linear(3)),
         lambda m, x: concat([m.a(x), m.b(relu(x))]),
         lambda w, x: _join(_apply(w, "a", x), _apply(w, "b", _relu(x))),
         ("n10_k12", "n3_k12"),
     ),
     "one projection twice": Probe(
-        _layers(a=_linear()),
+        declare(a=_linear()),
         lambda m, x: (lambda a: concat([a, a]))(m.a(x)),
         lambda w, x: _join(_apply(w, "a", x), _apply(w, "a", x)),
     ),
     "projections with something else between": Probe(
-        _layers(a=_linear(), b=_linear(3)),
+        declare(a=_linear(), b=_linear(3)),
         lambda m, x: concat([m.a(x), x, m.b(x)]),
         lambda w, x: _join(_apply(w, "a", x), x, _apply(w, "b", x)),
         ("n10_k12", "n3_k12"),
     ),
     "projections with residuals in place of biases": Probe(
-        _layers(a=_linear(H), b=_linear(H)),
+        declare(a=_linear(H), b=_linear(H)),
         lambda m, x: concat([m.a(x) + x, m.b(x) + x]),
         lambda w, x: _join(_apply(w, "a", x) + x, _apply(w, "b", x) + x),
         ("n12_k12_residual", "n12_k12_residual"),
     ),
     "projections with a bias of one element": Probe(
-        _layers(a=_linear(), b=_linear(3), v=_vector(1)),
+        declare(a=_linear(), b=_linear(3), v=_vector(1)),
         lambda m, x: concat([m.a(x) + m.v, m.b(x) + m.v]),
         lambda w, x: _join(_apply(w, "a", x) + w["v"], _apply(w, "b", x) + w["v"]),
     ),
     "projections stored the other way round": Probe(
-        _layers(a=_conv(), b=_conv(3)),
+        declare(a=_conv(), b=_conv(3)),
         lambda m, x: concat([m.a(x), m.b(x)]),
         lambda w, x: _join(_conv_apply(w, "a", x), _conv_apply(w, "b", x)),
         ("n10_k12_bias", "n3_k12_bias"),
     ),
     "gate and up": Probe(
-        _layers(a=_linear(), b=_linear()),
+        declare(a=_linear(), b=_linear()),
         lambda m, x: silu(m.a(x)) * m.b(x),
         lambda w, x: _silu(_apply(w, "a", x)) * _apply(w, "b", x),
         ("n20_k12_silu_gated",),
     ),
     "gate and up with biases": Probe(
-        _layers(a=_linear(bias=True), b=_linear(bias=True)),
+        declare(a=_linear(bias=True), b=_linear(bias=True)),
         lambda m, x: silu(m.a(x)) * m.b(x),
         lambda w, x: _silu(_apply(w, "a", x)) * _apply(w, "b", x),
         ("n20_k12_bias_silu_gated",),
     ),
     "up before gate": Probe(
-        _layers(a=_linear(), b=_linear()),
+        declare(a=_linear(), b=_linear()),
         lambda m, x: m.b(x) * silu(m.a(x)),
         lambda w, x: _silu(_apply(w, "a", x)) * _apply(w, "b", x),
     ),
     "a bias on the gate alone": Probe(
-        _layers(a=_linear(bias=True), b=_linear()),
+        declare(a=_linear(bias=True), b=_linear()),
         lambda m, x: silu(m.a(x)) * m.b(x),
         lambda w, x: _silu(_apply(w, "a", x)) * _apply(w, "b", x),
         ("n10_k12_bias_silu", "n10_k12"),
     ),
     "a bias on up alone": Probe(
-        _layers(a=_linear(), b=_linear(bias=True)),
+        declare(a=_linear(), b=_linear(bias=True)),
         lambda m, x: silu(m.a(x)) * m.b(x),
         lambda w, x: _silu(_apply(w, "a", x)) * _apply(w, "b", x),
         ("n10_k12_silu", "n10_k12_bias"),
     ),
     "gate and up both activated": Probe(
-        _layers(a=_linear(), b=_linear()),
+        declare(a=_linear(), b=_linear()),
         lambda m, x: silu(m.a(x)) * relu(m.b(x)),
         lambda w, x: _silu(_apply(w, "a", x)) * _relu(_apply(w, "b", x)),
         ("n10_k12_silu", "n10_k12_relu"),
     ),
     "gate and up of different inputs": Probe(
-        _layers(a=_linear(), b=_linear()),
+        declare(a=_linear(), b=_linear()),
         lambda m, x: silu(m.a(x)) * m.b(relu(x)),
         lambda w, x: _silu(_apply(w, "a", x)) * _apply(w, "b", _relu(x)),
         ("n10_k12_silu", "n10_k12"),
     ),
     "up used elsewhere, too": Probe(
-        _layers(a=_linear(), b=_linear()),
+        declare(a=_linear(), b=_linear()),
         lambda m, x: (lambda up: silu(m.a(x)) * up + up)(m.b(x)),
         lambda w, x: (_silu(_apply(w, "a", x)) + 1.0) * _apply(w, "b", x),
     ),
     "up used elsewhere, too, and made after the gate": Probe(
-        _layers(a=_linear(), b=_linear()),
+        declare(a=_linear(), b=_linear()),
         lambda m, x: (lambda gate, up: gate * up + up)(silu(m.a(x)), m.b(x)),
         lambda w, x: (_silu(_apply(w, "a", x)) + 1.0) * _apply(w, "b", x),
         ("n10_k12_silu", "n10_k12"),
     ),
     "up without its bias used elsewhere, too": Probe(
-        _layers(a=_linear(bias=True), b=_linear(), v=_vector(N)),
+        declare(a=_linear(bias=True), b=_linear(), v=_vector(N)),
         lambda m, x: (lambda gate, up: gate * (up + m.v) + up)(silu(m.a(x)), m.b(x)),
         lambda w, x: _silu(_apply(w, "a", x)) * (_apply(w, "b", x) + w["v"]) + _apply(w, "b", x),
         ("n10_k12_bias_silu", "n10_k12"),
     ),
     "the gate used elsewhere, too": Probe(
-        _layers(a=_linear(), b=_linear()),
+        declare(a=_linear(), b=_linear()),
         lambda m, x: (lambda gate: gate * m.b(x) + gate)(silu(m.a(x))),
         lambda w, x: _silu(_apply(w, "a", x)) * (_apply(w, "b", x) + 1.0),
     ),
     "up with a residual": Probe(
-        _layers(a=_linear(H), b=_linear(H)),
+        declare(a=_linear(H), b=_linear(H)),
         lambda m, x: silu(m.a(x)) * (m.b(x) + x),
         lambda w, x: _silu(_apply(w, "a", x)) * (_apply(w, "b", x) + x),
         ("n12_k12_silu", "n12_k12_residual"),
     ),
     "up with a bias of one element": Probe(
-        _layers(a=_linear(bias=True), b=_linear(), v=_vector(1)),
+        declare(a=_linear(bias=True), b=_linear(), v=_vector(1)),
         lambda m, x: silu(m.a(x)) * (m.b(x) + m.v),
         lambda w, x: _silu(_apply(w, "a", x)) * (_apply(w, "b", x) + w["v"]),
     ),
     "a gate times a vector": Probe(
-        _layers(a=_linear(), v=_vector(N)),
+        declare(a=_linear(), v=_vector(N)),
         lambda m, x: silu(m.a(x)) * m.v,
         lambda w, x: _silu(_apply(w, "a", x)) * w["v"],
         ("n10_k12_silu",),
     ),
     "a gate times itself": Probe(
-        _layers(a=_linear()),
+        declare(a=_linear()),
         lambda m, x: (lambda gate: gate * gate)(silu(m.a(x))),
         lambda w, x: _silu(_apply(w, "a", x)) ** 2,
         ("n10_k12_silu",),
     ),
     "a gate times its own product": Probe(
-        _layers(a=_linear()),
+        declare(a=_linear()),
         lambda m, x: (lambda product: silu(product) * product)(m.a(x)),
         lambda w, x: _silu(_apply(w, "a", x)) * _apply(w, "a", x),
         ("n10_k12",),
     ),
     "a gated product with a residual": Probe(
-        _layers(a=_linear(H), b=_linear(H)),
+        declare(a=_linear(H), b=_linear(H)),
         lambda m, x: x + silu(m.a(x)) * m.b(x),
         lambda w, x: x + _silu(_apply(w, "a", x)) * _apply(w, "b", x),
         ("n24_k12_silu_gated_residual",),
     ),
     "a residual on either side": Probe(
-        _layers(a=_linear(H), b=_linear(H)),
+        declare(a=_linear(H), b=_linear(H)),
         lambda m, x: (lambda y: m.b(y) + y)(x + m.a(x)),
         lambda w, x: (lambda y: _apply(w, "b", y) + y)(x + _apply(w, "a", x)),
         ("n12_k12_residual", "n12_k12_residual"),
     ),
     "a residual made later than the product": Probe(
-        _layers(a=_linear(H), b=_linear(H)),
+        declare(a=_linear(H), b=_linear(H)),
         lambda m, x: (lambda product: product + m.b(relu(x)))(m.a(x)),
         lambda w, x: _apply(w, "a", x) + _apply(w, "b", _relu(x)),
     ),
     "a product added to itself": Probe(
-        _layers(a=_linear()),
+        declare(a=_linear()),
         lambda m, x: (lambda product: product + product)(m.a(x)),
         lambda w, x: 2.0 * _apply(w, "a", x),
         ("n10_k12",),
     ),
     "an activation behind a residual": Probe(
-        _layers(a=_linear(H)),
+        declare(a=_linear(H)),
         lambda m, x: silu(x + m.a(x)),
         lambda w, x: _silu(x + _apply(w, "a", x)),
         ("n12_k12_residual",),
     ),
     "two residuals": Probe(
-        _layers(a=_linear(H)),
+        declare(a=_linear(H)),
         lambda m, x: m.a(x) + x + relu(x),
         lambda w, x: _apply(w, "a", x) + x + _relu(x),
         ("n12_k12_residual",),
     ),
     "two activations": Probe(
-        _layers(a=_linear()),
+        declare(a=_linear()),
         lambda m, x: relu(silu(m.a(x))),
         lambda w, x: _relu(_silu(_apply(w, "a", x))),
         ("n10_k12_silu",),
     ),
     "two biases": Probe(
-        _layers(a=_linear(bias=True), v=_vector(N)),
+        declare(a=_linear(bias=True), v=_vector(N)),
         lambda m, x: m.a(x) + m.v,
         lambda w, x: _apply(w, "a", x) + w["v"],
         ("n10_k12_bias",),
     ),
     "a bias behind an activation": Probe(
-        _layers(a=_linear(), v=_vector(N)),
+        declare(a=_linear(), v=_vector(N)),
         lambda m, x: silu(m.a(x)) + m.v,
         lambda w, x: _silu(_apply(w, "a", x)) + w["v"],
         ("n10_k12_silu",),
     ),
     "a bias of one element": Probe(
-        _layers(a=_linear(), v=_vector(1)),
+        declare(a=_linear(), v=_vector(1)),
         lambda m, x: m.a(x) + m.v,
         lambda w, x: _apply(w, "a", x) + w["v"],
         ("n10_k12",),
     ),
     "one output": Probe(
-        _layers(a=_linear(1, bias=True)),
+        declare(a=_linear(1, bias=True)),
         lambda m, x: m.a(x),
         lambda w, x: _apply(w, "a", x),
         ("n1_k12_bias",),
     ),
     "one layer for two inputs": Probe(
-        _layers(a=_linear(H)),
+        declare(a=_linear(H)),
         lambda m, x: m.a(relu(m.a(x))),
         lambda w, x: _apply(w, "a", _relu(_apply(w, "a", x))),
         ("n12_k12_relu", "n12_k12"),
     ),
     "a head tied to the embedding": Probe(
-        _layers(a=_linear(H)),
+        declare(a=_linear(H)),
         lambda m, x: m.embed.as_head(m.a(x)),
         lambda w, x: _apply(w, "a", x) @ w["embed.weight"].astype(np.float64).T,
         ("n12_k12", "n19_k12"),
     ),
     "an embedding that is a gate, too": Probe(
-        _layers(b=_linear(ROWS)),
+        declare(b=_linear(ROWS)),
         lambda m, x: silu(m.embed.as_head(x)) * m.b(x),
         lambda w, x: _silu(x @ w["embed.weight"].astype(np.float64).T) * _apply(w, "b", x),
         ("n38_k12_silu_gated",),
     ),
     "a weight that is scaled": Probe(
-        _layers(a=_linear()),
+        declare(a=_linear()),
         lambda m, x: _product(x, _transposed(m.a.weight * 2.0)),
         lambda w, x: 2.0 * _apply(w, "a", x),
     ),
     "a weight with a correction": Probe(
-        _layers(a=_linear(), down=_linear(2), up=_linear(N, inputs=2)),
+        declare(a=_linear(), down=_linear(2), up=_linear(N, inputs=2)),
         lambda m, x: _product(
             x,
             relax.op.permute_dims(
@@ -340,40 +342,40 @@ PROBES: dict[str, Probe] = {
         lambda w, x: _apply(w, "a", x) + _apply(w, "up", _apply(w, "down", x)),
     ),
     "a weight transposed by its axes": Probe(
-        _layers(a=_linear()),
+        declare(a=_linear()),
         lambda m, x: _product(x, _transposed(m.a.weight, [1, 0])),
         lambda w, x: _apply(w, "a", x),
     ),
     "a weight that is not transposed by its axes": Probe(
-        _layers(a=_linear(H)),
+        declare(a=_linear(H)),
         lambda m, x: _product(x, _transposed(m.a.weight, [0, 1])),
         lambda w, x: x @ w["a.weight"].astype(np.float64),
     ),
     "a weight transposed twice": Probe(
-        _layers(a=_linear(H)),
+        declare(a=_linear(H)),
         lambda m, x: _product(x, relax.op.permute_dims(_transposed(m.a.weight))),
         lambda w, x: x @ w["a.weight"].astype(np.float64),
     ),
     "a product of activations": Probe(
-        _layers(a=_linear(H)),
+        declare(a=_linear(H)),
         lambda m, x: nn.op.matmul(nn.op.matmul(m.a(x), nn.op.permute_dims(x, [0, 2, 1])), x),
         lambda w, x: _apply(w, "a", x) @ x.transpose(0, 2, 1) @ x,
         ("n12_k12",),
     ),
     "what no kernel serves": Probe(
-        _layers(a=_linear()),
+        declare(a=_linear()),
         lambda m, x: nn.op.tanh(m.a(x) * 0.1) * 30.0,
         lambda w, x: 30.0 * np.tanh(0.1 * _apply(w, "a", x)),
         ("n10_k12",),
     ),
     "a softmax": Probe(
-        _layers(a=_linear()),
+        declare(a=_linear()),
         lambda m, x: nn.op.softmax(m.a(x), axis=-1),
         lambda w, x: (lambda e: e / e.sum(axis=-1, keepdims=True))(np.exp(_apply(w, "a", x))),
         ("n10_k12",),
     ),
     "many elements that no kernel serves": Probe(
-        _layers(a=_linear(100)),
+        declare(a=_linear(100)),
         lambda m, x: nn.op.sum(nn.op.tanh(m.a(x)), axis=-1, keepdims=True) * m.a(x),
         lambda w, x: (lambda a: np.tanh(a).sum(axis=-1, keepdims=True) * a)(_apply(w, "a", x)),
     ),

@@ -21,7 +21,7 @@ from relax_llm.kernels.problem import problem_of
 from relax_llm.layers import LayerNorm, Linear, RMSNorm, activation
 
 from .modules import TARGET, after, before, functions_of, text_of
-from .probes import HIDDEN, IDS, MACHINE, Probe, decoder_of, execute_all, lower, random_weights
+from .probes import HIDDEN, IDS, MACHINE, Probe, declare, decoder_of, execute_all, lower, random_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,12 +69,7 @@ def test_other_functions_stay(model: str) -> None:
 
 def _hoisted(forward: Callable[[Any, nn.Tensor], nn.Tensor], **made: Callable[[], nn.Module]) -> list[str]:
     """The operators of a decoder's prefill, and how many tokens each gives."""
-
-    def declare(decoder: Any) -> None:
-        for name, make in made.items():
-            setattr(decoder, name, make())
-
-    decoder = decoder_of(Probe(declare, forward, lambda _, x: x))
+    decoder = decoder_of(Probe(declare(**made), forward, lambda _, x: x))
     mod = HoistLastToken(MACHINE)(export(decoder, MACHINE))
     found = []
     for var, expr in _prefill(mod):
