@@ -42,6 +42,7 @@ _PLACES = {
     "replay": "relax_llm.runtime.recording.replay",
     "tune": "relax_llm.tuning.tune",
 }
+_IMPORTING_TVM = {"pipeline"}  # the others import it when they are called
 
 __all__ = [
     "Artifact",
@@ -69,6 +70,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _IMPORTING_TVM:
+        importlib.import_module("relax_llm.compiler.loading").load_tvm()
     value = getattr(importlib.import_module(_PLACES[name]), name)
     globals()[name] = value
     return value

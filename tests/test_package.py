@@ -62,6 +62,14 @@ def test_the_command_line_starts_without_a_compiler_or_pytorch() -> None:
     )
 
 
+def test_no_public_name_imports_pytorch() -> None:
+    code = (
+        "import sys, relax_llm; [getattr(relax_llm, name) for name in relax_llm.__all__]; "
+        "print([name for name in ('tvm', 'torch') if name in sys.modules])"
+    )
+    assert _fresh(code) == "['tvm']"
+
+
 def test_errors_have_one_root() -> None:
     errors = importlib.import_module("relax_llm.errors")
     found = [value for value in vars(errors).values() if isinstance(value, type)]
