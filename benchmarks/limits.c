@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -34,7 +35,7 @@ typedef float vector __attribute__((vector_size(BYTES)));
 
 enum { LANES = BYTES / sizeof(float), STEPS = 2000000, REPEATS = 5, TRIPS = 10000 };
 
-static const size_t MEMORY = (size_t)1 << 30;
+static const size_t MEMORY = (size_t)1 << 30, PAGE = (size_t)1 << 21;
 
 typedef struct {
     const vector *memory;
@@ -251,8 +252,11 @@ int main(int count, char **arguments) {
 #endif
 
     size_t size = count > 2 ? strtoull(arguments[2], NULL, 10) : MEMORY, share = size / threads / BYTES;
-    char *memory = aligned_alloc(4096, (size + 4095) / 4096 * 4096);
+    char *memory = aligned_alloc(PAGE, (size + PAGE - 1) / PAGE * PAGE);
     if (!memory || !share) return 1;
+#if defined(__linux__)
+    madvise(memory, size, MADV_HUGEPAGE); /* as engines may keep weights */
+#endif
     memset(memory, 0, size);
     for (int i = 0; i < threads; i++) {
         tasks[i].memory = (const vector *)memory + i * share;

@@ -25,7 +25,7 @@ _SUMS = 8
 """Vectors that reading adds at once, so that it does not wait for the last addition."""
 
 _AHEAD = 64 * LANES
-"""Elements by which reading asks ahead."""
+"""Elements by which reading asks ahead, into a first-level cache; into the second one by twice as many."""
 
 
 def instruments(machine: Machine) -> dict[str, PrimFunc]:
@@ -138,8 +138,11 @@ def read(machine: Machine) -> PrimFunc:
 
         relax_llm_read(memory: f32 [tasks, elements], out: f32 [tasks, LANES])
 
-    `elements` is a multiple of `8 * LANES`.
+    `elements` is a multiple of `8 * LANES`. Where cores read ahead by themselves, as `reads_ahead` has it, each reads
+    from two places in turns, and asks for one line of four.
     """
+    places, asked, ahead = (1, _SUMS, _AHEAD) if machine.streams_into == 1 else (2, 1, 2 * _AHEAD)
+    each = _SUMS // places
 
     def emit() -> None:
         tasks, elements = b.size("tasks"), b.size("elements")
@@ -150,11 +153,14 @@ def read(machine: Machine) -> PrimFunc:
         def work(task: b.Expr) -> None:
             registers = b.Registers(1, [(index * LANES, LANES) for index in range(_SUMS)])
             registers.clear()
+            part = b.let("part", T.truncdiv(elements, T.int64(places)))
             with T.serial(T.truncdiv(elements, T.int64(_SUMS * LANES))) as turn:
-                start = b.let("start", task * elements + turn * (_SUMS * LANES))
-                for _, index, offset, _ in registers:
-                    b.prefetch(flat, start + _AHEAD + offset, machine.streams_into)
-                    registers.set(0, index, registers.get(0, index) + b.load(flat, start + offset))
+                start = b.let("start", task * elements + turn * (each * LANES))
+                for _, index, _, _ in registers:
+                    at = start + index // each * part + index % each * LANES
+                    if index % each < asked:
+                        b.prefetch(flat, at + ahead, machine.streams_into)
+                    registers.set(0, index, registers.get(0, index) + b.load(flat, at))
             b.store(out, _total(registers), task, 0)
 
         b.tasks(tasks, work)

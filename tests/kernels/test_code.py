@@ -24,6 +24,7 @@ from relax_llm.kernels.matmul import Matmul
 from relax_llm.kernels.matmul.integer import integer
 from relax_llm.kernels.matmul.multiply import steps_of_loop
 from relax_llm.kernels.matmul.shape import layout_for, tile_for
+from relax_llm.kernels.matmul.tiled import tiled
 from relax_llm.kernels.norm import Norm
 from relax_llm.kernels.positions import Positions, RopeTable
 from relax_llm.kernels.problem import ATTRIBUTE, Problem, problem_of
@@ -158,6 +159,20 @@ def test_lines_are_asked_for_into_the_cache_that_has_misses_in_flight(*, younger
         first, second = (len(re.findall(rf"\bprefetch{hint}\b", code)) for hint in ("t0", "t1"))
         assert first if younger else second
         assert not (second if younger else isinstance(problem, Attention) and first)
+
+
+@pytest.mark.parametrize(("format", "few"), [("f32", 4), ("bf16", 2)])
+def test_few_rows_leave_most_lines_to_the_prefetcher_of_the_core(format: str, few: int) -> None:
+    """Where it reads ahead they ask for a line of a turn; others, and on younger cores all, for every line."""
+    plain, problem = machine("x86-64-v4"), Matmul(64, 64, format)
+    lines_of_turn = {"f32": 8, "bf16": 4}[format]
+    for there in (plain, replace(plain, features=plain.features | {"avx_vnni"})):
+        code = generate({problem.name: tiled(problem, there)}, there).mod.inspect_source("s")
+        found = re.findall(r"^\S*rows(\d+)\S*:$(.*?)^\.Lfunc_end", code, re.MULTILINE | re.DOTALL)
+        asked = {int(rows): len(re.findall(r"\bprefetch", body)) for rows, body in found}
+        for rows in range(1, 5):
+            sparse = there is plain and rows <= few
+            assert asked[rows] == (1 if sparse else lines_of_turn), (rows, asked)
 
 
 def test_a_weight_is_loaded_once_for_both_bytes_of_activations() -> None:

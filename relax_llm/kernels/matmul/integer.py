@@ -20,6 +20,7 @@ from relax_llm.kernels.machine import LANES, LINE, Machine
 from relax_llm.kernels.matmul.operands import Operands, Sums, cut, write
 from relax_llm.kernels.matmul.problem import Matmul
 from relax_llm.kernels.matmul.quantize import BESIDE, QUADS, encode_row, quantize
+from relax_llm.kernels.matmul.reading import reads_ahead
 from relax_llm.plan.kernel import Declined
 
 FEATURES = INT8
@@ -193,11 +194,11 @@ def _tile(layout: TiledGroups, rounding: Rounding, rows: int, machine: Machine) 
     """The function for one height, without that argument."""
     format, cols, planes, group_bytes = layout.blocks, layout.cols, rounding.planes, layout.group_bytes
 
-    # What a turn asks for. Of many tall tiles each asks for a half. For one row codes of a byte come as fast as memory
-    # gives them where a core's own prefetcher does most of it, and has a line of a turn to go by.
+    # What a turn asks for. Of many tall tiles each asks for a half. To take codes apart takes as long as to multiply.
     level = machine.streams_into
     lines = -(-group_bytes // (LINE * turns_of(layout)))
-    if rows == 1 and format.code_bits == 8 and level > 1:
+    products = rows * planes * len(b.chunks(cols)) * QUADS  # in a group
+    if format.code_bits == 8 and reads_ahead(layout, products, machine):
         lines = 1
     of_many = lines if rows <= _ROWS // 2 else -(-lines // 2)
 

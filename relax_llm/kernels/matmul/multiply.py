@@ -11,13 +11,14 @@ from dataclasses import replace
 from tvm import ir
 from tvm.tirx.script.builder import ir as T
 
+from relax_llm.formats.activations import GROUP
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.inner import inner, memory, number, pointer
 from relax_llm.kernels.intrinsics import dot_bf16, imported
 from relax_llm.kernels.layout import Packed, Tiled, TiledGroups
 from relax_llm.kernels.machine import LINE, Machine
-from relax_llm.kernels.matmul.reading import Reader, panel_words, reader
+from relax_llm.kernels.matmul.reading import Reader, panel_words, reader, reads_ahead
 from relax_llm.kernels.matmul.shape import UNROLL, tile_for
 
 STREAMS = 2
@@ -47,7 +48,8 @@ def multiply(layout: Packed, stride: int, machine: Machine, *, pairs: bool = Fal
     While it multiplies it asks for what is worked on next to come to the first-level cache: a core keeps too few
     misses of its own in flight to read memory at full speed, and its prefetcher looks only some lines ahead. From two
     places at once, `ahead` and `beyond`, the prefetcher follows both, with twice as many lines in flight. Each turn
-    asks for lines `spacing` elements of four bytes further on.
+    asks for lines `spacing` elements of four bytes further on. Few rows on a core that `reads_ahead` ask for a line of
+    a turn, and from one place alone.
 
     With `pairs`, elements of x are words of two bf16, as those of the weight are, and a step of the reduction is one.
     """
@@ -99,6 +101,10 @@ def _tile(layout: Packed, stride: int, rows: int, machine: Machine, pairs: bool)
     words = layout.cols if pairs else panel_words(layout, 32) / 32  # of the weight in a step
     lines = math.ceil(unroll * words / (STREAMS * _WORDS))
     lines = lines if rows <= tile.alone else -(-lines // 2)
+    places = STREAMS
+    products = rows * len(b.chunks(layout.cols)) * GROUP  # in so many steps
+    if reads_ahead(layout, products, machine) and not isinstance(layout, TiledGroups):
+        lines = places = 1
 
     def emit() -> None:
         given = {name: pointer(name, dtype) for name, dtype in _pointers(layout, pairs)}
@@ -129,9 +135,9 @@ def _tile(layout: Packed, stride: int, rows: int, machine: Machine, pairs: bool)
             passes = UNROLL // unroll  # of the loop in a turn
             with T.serial(turns * passes) as turn:
                 for u in range(unroll):
-                    for at in range(u * lines * STREAMS // unroll, (u + 1) * lines * STREAMS // unroll):
-                        where = T.truncdiv(turn * spacing, T.int64(passes)) + at // STREAMS * _WORDS
-                        b.prefetch(streams[at % STREAMS], where, machine.streams_into)
+                    for at in range(u * lines * places // unroll, (u + 1) * lines * places // unroll):
+                        begin = T.truncdiv(turn * (spacing * (STREAMS // places)), T.int64(passes))
+                        b.prefetch(streams[at % places], begin + at // places * _WORDS, machine.streams_into)
                     step(turn * unroll + u, u)
             if _is_uniform(layout, pairs=pairs):
                 with T.serial(rest) as more:
