@@ -6,24 +6,28 @@ Code can be generated and read for every machine, whatever this one is.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import pytest
+from tvm import ir, tirx
 
 from relax_llm.errors import CompileError
 from relax_llm.kernels.attention import Attention
 from relax_llm.kernels.cache import Append
 from relax_llm.kernels.generate import generate
+from relax_llm.kernels.inner import complete
 from relax_llm.kernels.intrinsics import INT8
 from relax_llm.kernels.library import build
 from relax_llm.kernels.lookup import Embedding, LastToken
-from relax_llm.kernels.machine import machine
+from relax_llm.kernels.machine import Machine, machine
 from relax_llm.kernels.matmul import Matmul
 from relax_llm.kernels.matmul.integer import integer
 from relax_llm.kernels.matmul.multiply import steps_of_loop
-from relax_llm.kernels.matmul.shape import layout_for, tile_for
+from relax_llm.kernels.matmul.shape import UNROLL, layout_for, tile_for
 from relax_llm.kernels.matmul.tiled import tiled
 from relax_llm.kernels.norm import Norm
 from relax_llm.kernels.positions import Positions, RopeTable
@@ -161,18 +165,38 @@ def test_lines_are_asked_for_into_the_cache_that_has_misses_in_flight(*, younger
         assert not (second if younger else isinstance(problem, Attention) and first)
 
 
-@pytest.mark.parametrize(("format", "few"), [("f32", 4), ("bf16", 2)])
-def test_few_rows_leave_most_lines_to_the_prefetcher_of_the_core(format: str, few: int) -> None:
-    """Where it reads ahead they ask for a line of a turn; others, and on younger cores all, for every line."""
+def _statements(node: Any) -> Iterator[Any]:
+    """A statement of TIR and all in it."""
+    yield node
+    for name in ("seq", "body", "then_case", "else_case"):
+        inside = getattr(node, name, None)
+        for one in inside if name == "seq" and inside else [inside] if inside is not None else []:
+            yield from _statements(one)
+
+
+@pytest.mark.parametrize(("format", "few", "lines"), [("f32", 6, 8), ("bf16", 3, 4)])
+def test_few_rows_leave_most_lines_to_the_prefetcher_of_the_core(format: str, few: int, lines: int) -> None:
+    """A tile that is alone asks for a line of a turn where the core reads ahead, and else for all of them."""
     plain, problem = machine("x86-64-v4"), Matmul(64, 64, format)
-    lines_of_turn = {"f32": 8, "bf16": 4}[format]
-    for there in (plain, replace(plain, features=plain.features | {"avx_vnni"})):
-        code = generate({problem.name: tiled(problem, there)}, there).mod.inspect_source("s")
-        found = re.findall(r"^\S*rows(\d+)\S*:$(.*?)^\.Lfunc_end", code, re.MULTILINE | re.DOTALL)
-        asked = {int(rows): len(re.findall(r"\bprefetch", body)) for rows, body in found}
-        for rows in range(1, 5):
-            sparse = there is plain and rows <= few
-            assert asked[rows] == (1 if sparse else lines_of_turn), (rows, asked)
+
+    def asked(there: Machine, rows: int) -> tuple[int, int]:
+        """Lines of a turn that a tile asks for if it is alone, and if not."""
+        functions = complete({ir.GlobalVar(problem.name): tiled(problem, there)})
+        (tile,) = (func for var, func in functions.items() if var.name_hint.endswith(f"rows{rows}"))
+        branches = [
+            [str(case).count("llvm.prefetch") for case in (node.then_case, node.else_case)]
+            for node in _statements(tile.body)
+            if isinstance(node, tirx.IfThenElse) and node.else_case is not None
+        ]
+        one, other = map(sum, zip(*branches, strict=True))
+        always = str(tile).count("llvm.prefetch") - one - other
+        passes = UNROLL // steps_of_loop(layout_for(problem, there), rows)
+        return passes * (always + one), passes * (always + other)
+
+    for rows in range(1, 8):
+        passes = UNROLL // steps_of_loop(layout_for(problem, plain), rows)
+        assert asked(plain, rows) == (passes if rows <= few else lines, lines)
+        assert asked(replace(plain, features=plain.features | {"avx_vnni"}), rows) == (lines, lines)
 
 
 def test_a_weight_is_loaded_once_for_both_bytes_of_activations() -> None:

@@ -198,8 +198,8 @@ def _tile(layout: TiledGroups, rounding: Rounding, rows: int, machine: Machine) 
     level = machine.streams_into
     lines = -(-group_bytes // (LINE * turns_of(layout)))
     products = rows * planes * len(b.chunks(cols)) * QUADS  # in a group
-    if format.code_bits == 8 and reads_ahead(layout, products, machine):
-        lines = 1
+    whole = group_bytes // 4 // turns_of(layout)  # elements of a turn; a tile that asks for all is alone
+    sparse = format.code_bits == 8 and reads_ahead(layout, products, machine)
     of_many = lines if rows <= _ROWS // 2 else -(-lines // 2)
 
     def emit() -> None:
@@ -247,12 +247,16 @@ def _tile(layout: TiledGroups, rounding: Rounding, rows: int, machine: Machine) 
                     for plane in these
                 ]
                 if 0 in these and of_many < lines:
-                    with b.when(spacing >= _APART):
+                    few = spacing >= _APART
+                    with b.when(T.And(few, spacing < whole) if sparse else few):
                         for index in range(turns_of(layout)):
                             ask(group * turns + index, range(of_many, lines))
                 for turn in _each_turn(layout, turns):
                     if 0 in these:
-                        ask(group * turns + turn, range(of_many))
+                        ask(group * turns + turn, range(1 if sparse else of_many))
+                        if sparse:
+                            with b.when(spacing < whole):
+                                ask(group * turns + turn, range(1, of_many))
                     _add_quads(into, layout, words, quads, group, turn)
             for index, (column, lanes) in enumerate(b.chunks(cols)):
                 at = group * (group_bytes // 2) + layout.code_bytes // 2 + column

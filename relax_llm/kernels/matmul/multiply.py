@@ -7,6 +7,7 @@ library that agree in these share them.
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 from tvm import ir
 from tvm.tirx.script.builder import ir as T
@@ -101,10 +102,8 @@ def _tile(layout: Packed, stride: int, rows: int, machine: Machine, pairs: bool)
     words = layout.cols if pairs else panel_words(layout, 32) / 32  # of the weight in a step
     lines = math.ceil(unroll * words / (STREAMS * _WORDS))
     lines = lines if rows <= tile.alone else -(-lines // 2)
-    places = STREAMS
-    products = rows * len(b.chunks(layout.cols)) * GROUP  # in so many steps
-    if reads_ahead(layout, products, machine) and not isinstance(layout, TiledGroups):
-        lines = places = 1
+    products = rows * len(b.chunks(layout.cols)) * GROUP // (2 if pairs else 1)  # in so many steps
+    sparse = reads_ahead(layout, products, machine) and not isinstance(layout, TiledGroups)
 
     def emit() -> None:
         given = {name: pointer(name, dtype) for name, dtype in _pointers(layout, pairs)}
@@ -123,6 +122,15 @@ def _tile(layout: Packed, stride: int, rows: int, machine: Machine, pairs: bool)
                 own = T.broadcast(own, lanes)
                 acc.set(row, index, dot_bf16(total, weights, own) if pairs else total + own * weights)
 
+        passes = UNROLL // unroll  # of the loop in a turn
+        alone = b.let("alone", spacing >= int(UNROLL * words) // STREAMS) if sparse else None  # on its panel
+
+        def ask(turn: Expr, u: int, places: int, lines: int) -> None:
+            """In a step of a pass, for its share of so many lines from each of some places."""
+            begin = T.truncdiv(turn * (spacing * (STREAMS // places)), T.int64(passes))
+            for at in range(u * lines * places // unroll, (u + 1) * lines * places // unroll):
+                b.prefetch(streams[at % places], begin + at // places * _WORDS, machine.streams_into)
+
         def place(row: int, column: int) -> Expr:
             return row * apart + column
 
@@ -132,12 +140,12 @@ def _tile(layout: Packed, stride: int, rows: int, machine: Machine, pairs: bool)
 
         with imported() if pairs else nullcontext():
             b.either(carry == 0, acc.clear, load)
-            passes = UNROLL // unroll  # of the loop in a turn
             with T.serial(turns * passes) as turn:
                 for u in range(unroll):
-                    for at in range(u * lines * places // unroll, (u + 1) * lines * places // unroll):
-                        begin = T.truncdiv(turn * (spacing * (STREAMS // places)), T.int64(passes))
-                        b.prefetch(streams[at % places], begin + at // places * _WORDS, machine.streams_into)
+                    if alone is not None:
+                        b.either(alone, partial(ask, turn, u, 1, 1), partial(ask, turn, u, STREAMS, lines))
+                    else:
+                        ask(turn, u, STREAMS, lines)
                     step(turn * unroll + u, u)
             if _is_uniform(layout, pairs=pairs):
                 with T.serial(rest) as more:

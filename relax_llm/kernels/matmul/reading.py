@@ -15,7 +15,7 @@ from relax_llm.kernels.halves import from_f16
 from relax_llm.kernels.layout import Packed, TiledGroups, TiledPairs
 from relax_llm.kernels.machine import LANES, LINE, Machine
 
-_SOON = 4  # products of vectors between two lines, at most, for a core's own prefetcher to be in time
+_SOON = 6  # products of vectors between two lines, at most, for a core's own prefetcher to be in time
 
 Reader = Callable[[Expr, int, int], Expr]
 """Gives the vector at (step after the beginning, the step's place in its turn of four, column)."""
