@@ -10,10 +10,15 @@ import typer
 from relax_llm.cli import options as o, prompts, screen, tables
 from relax_llm.cli.models import check_threads, named_or_default, open_artifact, start_runner
 from relax_llm.errors import InputError
+from relax_llm.progress import Bars
 from relax_llm.runtime.room import require_room
+from relax_llm.tracing.beside import pairs, table as beside_table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from relax_llm.runtime.runner import Runner
+    from relax_llm.tracing.beside import Pair
     from relax_llm.tracing.limits import Limits
     from relax_llm.tracing.trace import Trace
 
@@ -46,6 +51,18 @@ def trace(
             rich_help_panel=_OUTPUT,
         ),
     ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--beside",
+            metavar="MODEL",
+            help="Another artifact or checkpoint, which takes turns with the model; may be repeated.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", help="How often, with --beside.", rich_help_panel=_RUN)
+    ] = 7,
     sites: Annotated[
         bool, typer.Option("--sites", help="Tell the layers apart.", rich_help_panel=_OUTPUT)
     ] = False,
@@ -59,10 +76,18 @@ def trace(
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Run a prompt and the tokens that follow it, and show where the time went: by operator, kernel and site."""
+    """Run a prompt and the tokens that follow it, and show where the time went: by operator, kernel and site.
+
+    With --beside, models take turns, and what is shown is where one takes less time than the other: medians of the
+    rounds, and how many times as fast the other one is within a round.
+    """
     check_threads(threads)
     if decodes < 0:
         raise InputError(f"--decodes is {decodes}; it must be 0 or above.")
+    if beside and (output is not None or cold):
+        raise InputError("--beside takes turns; --output and --cold are of a single run.")
+    if rounds < 1:
+        raise InputError(f"--rounds is {rounds}; it must be 1 or above.")
     if output is not None and not output.parent.is_dir():
         raise InputError(f"{output} cannot be written: there is no directory {output.parent}.")
     given = o.limits_given(limits)
@@ -72,6 +97,15 @@ def trace(
     )
     token_ids = prompts.token_ids(named, artifact, prompt, ids=ids)
     runner = start_runner(artifact, threads)
+    if beside:
+        runners = [runner, *(start_runner(open_artifact(name), threads) for name in beside)]
+        names, traces = [named, *beside], _in_turns(runners, token_ids, decodes, rounds, given)
+        found = [pairs(traces[0], those, every_site=sites) for those in traces[1:]]
+        if json:
+            screen.json_document(_beside_data(names, token_ids, found))
+        else:
+            _show_beside(names, found)
+        return
     traced = _run(runner, token_ids, decodes, cold=cold, limits=given, anew=limits == o.ANEW)
     if output is not None:
         traced.save(output)
@@ -105,6 +139,57 @@ def _run(
     with runner.tracing(limits) as traced:
         prompts.run(runner, token_ids, decodes)
     return traced
+
+
+def _in_turns(
+    runners: "Sequence[Runner]",
+    token_ids: "list[int]",
+    decodes: int,
+    rounds: int,
+    limits: "Limits | None",
+) -> "list[list[Trace]]":
+    """The same by several models, each in turn, in another order each round; a round before the first warms up.
+
+    Returns:
+        Of each model a trace for each round.
+
+    Raises:
+        ContextLengthError: They do not fit.
+    """
+    for runner in runners:
+        require_room(runner, len(token_ids), decodes)
+    limits = limits or runners[0].limits()
+    found: list[list[Trace]] = [[] for _ in runners]
+    with Bars().task("Tracing", (rounds + 1) * len(runners)) as advance:
+        for number in range(rounds + 1):
+            for turn in range(len(runners)):
+                who = (turn + number) % len(runners)
+                with runners[who].tracing(limits) as traced:
+                    prompts.run(runners[who], token_ids, decodes)
+                found[who] += [traced] if number else []
+                advance(1)
+    return found
+
+
+def _show_beside(names: list[str], found: "Sequence[Sequence[Pair]]") -> None:
+    for name, several in zip(names[1:], found, strict=True):
+        screen.write(
+            f"{names[0]}, then {name}, and how many times as fast that is, the median of the rounds\n"
+        )
+        tables.show(beside_table(several))
+
+
+def _beside_data(
+    names: list[str], token_ids: "list[int]", found: "Sequence[Sequence[Pair]]"
+) -> dict[str, Any]:
+    return {
+        "model": names[0],
+        "prompt": token_ids,
+        "beside": [
+            {"model": name, "pairs": [asdict(pair) | {"times": pair.times} for pair in several]}
+            for name, several in zip(names[1:], found, strict=True)
+        ],
+    }
 
 
 def _show(traced: "Trace", *, sites: bool) -> None:

@@ -49,6 +49,11 @@ _NAMES: Mapping[str, tuple[tuple[str, ...], Callable[["TracedLaunch"], tuple[str
 }
 
 
+def names_of(launch: "TracedLaunch", what: Grouping) -> tuple[str, ...]:
+    """What a launch has in common with others of its group."""
+    return _NAMES[what][1](launch)
+
+
 def totals(trace: "Trace", what: Grouping) -> tuple[Total, ...]:
     """Launches by what they have in common, those that took longest first.
 
@@ -59,7 +64,7 @@ def totals(trace: "Trace", what: Grouping) -> tuple[Total, ...]:
         raise InputError(f"Launches are grouped by {', '.join(get_args(Grouping))}, not by {what!r}.")
     groups: dict[tuple[str, ...], list[TracedLaunch]] = {}
     for launch in trace.launches:
-        groups.setdefault(_NAMES[what][1](launch), []).append(launch)
+        groups.setdefault(names_of(launch, what), []).append(launch)
     found = [_total(trace, names, launches) for names, launches in groups.items()]
     return tuple(sorted(found, key=lambda total: -total.seconds))
 

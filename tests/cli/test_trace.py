@@ -60,6 +60,46 @@ def test_layers_apart(call: Callable[..., Outcome], artifact: Path) -> None:
     assert out.startswith("Calls: prefill 1; ")
 
 
+def test_models_that_take_turns(call: Callable[..., Outcome], artifact: Path) -> None:
+    turns = ["trace", artifact, "--beside", artifact, "-p", "1 2 3", "--ids", "-n", 2, "--rounds", 2, *GIVEN]
+    caption, header, *rows = call(*turns).out.strip().splitlines()
+    assert (
+        caption
+        == f"{artifact}, then {artifact}, and how many times as fast that is, the median of the rounds"
+    )
+    assert header.split() == ["function", "site", "operator", "ms", "ms", "times"]
+    assert [row.split()[:3] for row in rows[:2]] in (
+        [["prefill", "all", "calls"], ["decode", "all", "calls"]],
+        [["decode", "all", "calls"], ["prefill", "all", "calls"]],
+    )
+    assert all(float(row.split()[-1].removesuffix("x")) > 0 for row in rows)
+    assert any("layers.*.mlp.down_proj" in row for row in rows)
+    found = call(*turns, "--sites", "--json").json
+    (other,) = found["beside"]
+    assert (found["model"], other["model"]) == (str(artifact), str(artifact))
+    assert found["prompt"] == [1, 2, 3]
+    assert {"layers.0.mlp.down_proj", "layers.1.mlp.down_proj"} <= {
+        pair["names"][1] for pair in other["pairs"]
+    }
+    assert all(len(pair["first"]) == len(pair["second"]) == 2 for pair in other["pairs"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cold"], "--beside takes turns; --output and --cold are of a single run."),
+        (["-o", "trace.json"], "--beside takes turns; --output and --cold are of a single run."),
+        (["--rounds", "0"], "--rounds is 0; it must be 1 or above."),
+    ],
+)
+def test_what_does_not_go_with_turns(
+    call: Callable[..., Outcome], artifact: Path, options: list[str], message: str
+) -> None:
+    done = call("trace", artifact, "--beside", artifact, *options)
+    assert done.code != 0
+    assert message in done.err
+
+
 def test_as_json(call: Callable[..., Outcome], artifact: Path) -> None:
     found = call("trace", artifact, "-p", "4, 5", "--ids", "-n", 2, "--json", *GIVEN).json
     assert found["prompt"] == [4, 5]
