@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.limits import LimitsProgram
 from relax_llm import cpu
 from relax_llm.artifact.formulas import evaluate
-from relax_llm.artifact.weights import aligned
+from relax_llm.artifact.memory import aligned
 
 SIZES: tuple[Mapping[str, int], ...] = (
     {"batch": 1, "seq": 1, "kv_len": 128},

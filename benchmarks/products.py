@@ -148,7 +148,7 @@ class RelaxLLM:
         os.environ["TVM_NUM_THREADS"] = str(threads)
         import tvm_ffi
 
-        from relax_llm.artifact.weights import aligned
+        from relax_llm.artifact.memory import aligned
         from relax_llm.kernels.generate import generate
         from relax_llm.kernels.instruments import MULTIPLY_ADD, multiply_add
         from relax_llm.kernels.machine import LANES, machine

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relax_llm import ffi
-from relax_llm.artifact.weights import dtype_of
+from relax_llm.artifact.memory import dtype_of
 
 Array = npt.NDArray[Any]
 

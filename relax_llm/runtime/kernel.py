@@ -15,7 +15,7 @@ import numpy.typing as npt
 from relax_llm.artifact.artifact import Artifact
 from relax_llm.artifact.implementations import Implementation, find, implementations
 from relax_llm.artifact.listings import Listing
-from relax_llm.artifact.weights import aligned
+from relax_llm.artifact.memory import aligned
 from relax_llm.errors import ArtifactError, InputError
 from relax_llm.plan.kernel import AXES
 from relax_llm.plan.plan import parts_of

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from relax_llm.artifact.weights import aligned
+from relax_llm.artifact.memory import aligned
 
 Array = npt.NDArray[Any]
 

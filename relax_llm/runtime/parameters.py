@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from relax_llm.artifact import formulas
 from relax_llm.artifact.kv_cache import GRANULE, TILE
-from relax_llm.artifact.weights import ALIGNMENT, aligned, dtype_of
+from relax_llm.artifact.memory import ALIGNMENT, aligned, dtype_of
 from relax_llm.errors import InputError
 
 Array = npt.NDArray[Any]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from relax_llm.artifact.kv_cache import GRANULE, TILE, cache_tensors
 from relax_llm.artifact.manifest import Cache
-from relax_llm.artifact.weights import dtype_of
+from relax_llm.artifact.memory import dtype_of
 from relax_llm.errors import ContextLengthError, InputError
 from relax_llm.runtime import vm
 from relax_llm.runtime.pages import Pages

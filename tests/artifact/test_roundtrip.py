@@ -15,9 +15,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import relax_llm as rl
-from relax_llm.artifact import weights
+from relax_llm.artifact import file_memory
 from relax_llm.artifact.manifest import FORMAT, Manifest, Weight
-from relax_llm.artifact.weights import ALIGNMENT, aligned, copy, read, write
+from relax_llm.artifact.memory import ALIGNMENT, aligned
+from relax_llm.artifact.weights import copy, read, write
 from relax_llm.errors import ArtifactError
 
 from ..machines import PLAINER
@@ -237,10 +238,10 @@ def test_a_file_that_lies_in_small_pages_is_copied(
         for start in range(0, whole.getbuffer().nbytes, 4096):  # the file's pages are as small, too
             file.write(whole.getbuffer()[start : start + 4096])
     with path.open("rb") as file:
-        assert weights._share_of_large_pages(weights._map(file)) < 0.5
+        assert file_memory._share_of_large_pages(file_memory._map(file)) < 0.5
     if share is not None:
-        monkeypatch.setattr(weights, "_share_of_large_pages", lambda _: share)
-    monkeypatch.setattr(weights, "_maps_large_pages", lambda: True)  # as newer systems do
+        monkeypatch.setattr(file_memory, "_share_of_large_pages", lambda _: share)
+    monkeypatch.setattr(file_memory, "_maps_large_pages", lambda: True)  # as newer systems do
     (array,) = read(path, [weight])
     assert _is_mapped(path) == (share is not None)
     np.testing.assert_array_equal(array, values)

@@ -12,7 +12,7 @@ from tvm.relax.frontend import nn
 from tvm_ffi import Shape
 
 from relax_llm import cpu, layers
-from relax_llm.artifact.weights import aligned
+from relax_llm.artifact.memory import aligned
 from relax_llm.compiler.export import export
 from relax_llm.compiler.passes.lift_weights import weight_recipes
 from relax_llm.compiler.pipeline import pipeline, run

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relax_llm.artifact.weights import ALIGNMENT, aligned, dtype_of
+from relax_llm.artifact.memory import ALIGNMENT, aligned, dtype_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,7 +11,7 @@ import pytest
 
 from relax_llm.artifact.kv_cache import CACHE_DTYPES, GRANULE, TILE, cache_tensors
 from relax_llm.artifact.manifest import Cache
-from relax_llm.artifact.weights import aligned
+from relax_llm.artifact.memory import aligned
 from relax_llm.errors import ContextLengthError, InputError
 from relax_llm.runtime import pages as blocks
 from relax_llm.runtime.state import State

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from relax_llm.artifact.weights import ALIGNMENT, dtype_of
+from relax_llm.artifact.memory import ALIGNMENT, dtype_of
 from relax_llm.errors import RecordingError
 
 Array = npt.NDArray[Any]
