@@ -17,8 +17,8 @@ from relax_llm.artifact.memory import LARGE_PAGE, Array, large_pages, want_large
 
 _PIECE = 2**23  # bytes that one thread reads at a time
 _READERS = 4  # threads at most; a few of them copy as fast as memory allows
-_LOOKED_AT = 32  # pages of a mapped file
-_ENOUGH = 0.75  # of these: mapped so, a file is read as fast as memory in large pages
+_LOOKED_AT = 256  # pages of a mapped file, at most
+_ENOUGH = 0.95  # of these: mapped so, a file is read as fast as memory in large pages
 
 
 def file_memory(file: BinaryIO, *, mapped: bool | None = None) -> Array:

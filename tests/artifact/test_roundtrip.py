@@ -226,7 +226,7 @@ def _is_mapped(path: Path) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how a file is mapped")
-@pytest.mark.parametrize("share", [None, 0.9])
+@pytest.mark.parametrize("share", [None, 0.97])
 def test_a_file_that_lies_in_small_pages_is_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float | None
 ) -> None:
