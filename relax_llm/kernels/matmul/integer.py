@@ -197,9 +197,9 @@ def _tile(layout: TiledGroups, rounding: Rounding, rows: int, machine: Machine) 
     # What a turn asks for. Of many tall tiles each asks for a half. To take codes apart takes as long as to multiply.
     level = machine.streams_into
     lines = -(-group_bytes // (LINE * turns_of(layout)))
-    products = rows * planes * len(b.chunks(cols)) * QUADS  # in a group
     whole = group_bytes // 4 // turns_of(layout)  # elements of a turn; a tile that asks for all is alone
-    sparse = format.code_bits == 8 and reads_ahead(layout, products, machine)
+    work = rows * planes * len(b.chunks(cols)) * QUADS  # products in a group
+    sparse = format.code_bits == 8 and reads_ahead(layout, work, machine)
     of_many = lines if rows <= _ROWS // 2 else -(-lines // 2)
 
     def emit() -> None:

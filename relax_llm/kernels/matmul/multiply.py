@@ -102,6 +102,7 @@ def _tile(layout: Packed, stride: int, rows: int, machine: Machine, pairs: bool)
     words = layout.cols if pairs else panel_words(layout, 32) / 32  # of the weight in a step
     lines = math.ceil(unroll * words / (STREAMS * _WORDS))
     lines = lines if rows <= tile.alone else -(-lines // 2)
+    whole = int(UNROLL * words) // STREAMS  # elements of a turn from each; a tile that asks for all is alone
     products = rows * len(b.chunks(layout.cols)) * GROUP // (2 if pairs else 1)  # in so many steps
     sparse = reads_ahead(layout, products, machine) and not isinstance(layout, TiledGroups)
 
@@ -123,7 +124,7 @@ def _tile(layout: Packed, stride: int, rows: int, machine: Machine, pairs: bool)
                 acc.set(row, index, dot_bf16(total, weights, own) if pairs else total + own * weights)
 
         passes = UNROLL // unroll  # of the loop in a turn
-        alone = b.let("alone", spacing >= int(UNROLL * words) // STREAMS) if sparse else None  # on its panel
+        alone = b.let("alone", spacing >= whole) if sparse else None
 
         def ask(turn: Expr, u: int, places: int, lines: int) -> None:
             """In a step of a pass, for its share of so many lines from each of some places."""
