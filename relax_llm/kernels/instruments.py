@@ -138,10 +138,10 @@ def read(machine: Machine) -> PrimFunc:
 
         relax_llm_read(memory: f32 [tasks, elements], out: f32 [tasks, LANES])
 
-    `elements` is a multiple of `8 * LANES`. Where cores read ahead by themselves, as `reads_ahead` has it, each reads
-    from two places in turns, and asks for one line of four.
+    `elements` is a multiple of `8 * LANES`. Where cores read ahead by themselves, as `Machine.reads_ahead` has it, each
+    reads from two places in turns, and asks for one line of four.
     """
-    places, asked, ahead = (1, _SUMS, _AHEAD) if machine.streams_into == 1 else (2, 1, 2 * _AHEAD)
+    places, asked, ahead = (2, 1, 2 * _AHEAD) if machine.reads_ahead(_SUMS, _SUMS) else (1, _SUMS, _AHEAD)
     each = _SUMS // places
 
     def emit() -> None:

@@ -20,6 +20,8 @@ LANES = 16
 LINE = 64
 """Bytes of a cache line, for what is asked for ahead of its use and for memory of a task's own."""
 
+_SOON = 6  # instructions that compute, between two lines, at most, for a core's own prefetcher to be in time
+
 CUDA = "cuda"
 _GPU = {
     "arch": "sm_80",
@@ -66,6 +68,18 @@ class Machine:
         caches are larger, and have more misses in flight. See docs/performance.md.
         """
         return 1 if "avx_vnni" in self.features else 2
+
+    def reads_ahead(self, instructions: int, lines: float) -> bool:
+        """Whether a core reads ahead by itself in a loop, and needs no more than a line in some to go by.
+
+        Its prefetcher can have more lines on their way than the first-level cache has places for, which is where all
+        wait that are asked for one by one. But it is some lines ahead only, and late where much is computed with each.
+
+        Args:
+            instructions: That a core computes with, one after the other.
+            lines: That it reads meanwhile.
+        """
+        return self.streams_into > 1 and instructions <= _SOON * lines
 
     @property
     def is_gpu(self) -> bool:

@@ -20,7 +20,6 @@ from relax_llm.kernels.machine import LANES, LINE, Machine
 from relax_llm.kernels.matmul.operands import Operands, Sums, cut, write
 from relax_llm.kernels.matmul.problem import Matmul
 from relax_llm.kernels.matmul.quantize import BESIDE, QUADS, encode_row, quantize
-from relax_llm.kernels.matmul.reading import reads_ahead
 from relax_llm.plan.kernel import Declined
 
 FEATURES = INT8
@@ -199,7 +198,7 @@ def _tile(layout: TiledGroups, rounding: Rounding, rows: int, machine: Machine) 
     lines = -(-group_bytes // (LINE * turns_of(layout)))
     whole = group_bytes // 4 // turns_of(layout)  # elements of a turn; a tile that asks for all is alone
     work = rows * planes * len(b.chunks(cols)) * QUADS  # products in a group
-    sparse = format.code_bits == 8 and reads_ahead(layout, work, machine)
+    sparse = format.code_bits == 8 and machine.reads_ahead(work, group_bytes // LINE)
     of_many = lines if rows <= _ROWS // 2 else -(-lines // 2)
 
     def emit() -> None:

@@ -12,14 +12,13 @@ from functools import partial
 from tvm import ir
 from tvm.tirx.script.builder import ir as T
 
-from relax_llm.formats.activations import GROUP
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.inner import inner, memory, number, pointer
 from relax_llm.kernels.intrinsics import dot_bf16, imported
 from relax_llm.kernels.layout import Packed, Tiled, TiledGroups
 from relax_llm.kernels.machine import LINE, Machine
-from relax_llm.kernels.matmul.reading import Reader, panel_words, reader, reads_ahead
+from relax_llm.kernels.matmul.reading import Reader, panel_words, reader
 from relax_llm.kernels.matmul.shape import UNROLL, tile_for
 
 STREAMS = 2
@@ -49,8 +48,8 @@ def multiply(layout: Packed, stride: int, machine: Machine, *, pairs: bool = Fal
     While it multiplies it asks for what is worked on next to come to the first-level cache: a core keeps too few
     misses of its own in flight to read memory at full speed, and its prefetcher looks only some lines ahead. From two
     places at once, `ahead` and `beyond`, the prefetcher follows both, with twice as many lines in flight. Each turn
-    asks for lines `spacing` elements of four bytes further on. Few rows on a core that `reads_ahead` ask for a line of
-    a turn, and from one place alone.
+    asks for lines `spacing` elements of four bytes further on. Few rows ask for a line of a turn, and from one
+    place alone, where `Machine.reads_ahead`.
 
     With `pairs`, elements of x are words of two bf16, as those of the weight are, and a step of the reduction is one.
     """
@@ -103,8 +102,8 @@ def _tile(layout: Packed, stride: int, rows: int, machine: Machine, pairs: bool)
     lines = math.ceil(unroll * words / (STREAMS * _WORDS))
     lines = lines if rows <= tile.alone else -(-lines // 2)
     whole = int(UNROLL * words) // STREAMS  # elements of a turn from each; a tile that asks for all is alone
-    products = rows * len(b.chunks(layout.cols)) * GROUP // (2 if pairs else 1)  # in so many steps
-    sparse = reads_ahead(layout, products, machine) and not isinstance(layout, TiledGroups)
+    products = rows * len(b.chunks(layout.cols))  # of vectors, in a step
+    sparse = machine.reads_ahead(products, words / _WORDS) and not isinstance(layout, TiledGroups)
 
     def emit() -> None:
         given = {name: pointer(name, dtype) for name, dtype in _pointers(layout, pairs)}

@@ -8,14 +8,11 @@ from collections.abc import Callable
 
 from tvm.tirx.script.builder import ir as T
 
-from relax_llm.formats.activations import GROUP
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.halves import from_f16
 from relax_llm.kernels.layout import Packed, TiledGroups, TiledPairs
-from relax_llm.kernels.machine import LANES, LINE, Machine
-
-_SOON = 6  # products of vectors between two lines, at most, for a core's own prefetcher to be in time
+from relax_llm.kernels.machine import LANES, Machine
 
 Reader = Callable[[Expr, int, int], Expr]
 """Gives the vector at (step after the beginning, the step's place in its turn of four, column)."""
@@ -28,21 +25,6 @@ def panel_words(layout: Packed, k: int) -> int:
     if isinstance(layout, TiledPairs):
         return layout.cols * -(-k // 2)
     return layout.cols * k // (1 if layout.format == "f32" else 2)
-
-
-def reads_ahead(layout: Packed, products: int, machine: Machine) -> bool:
-    """Whether a core reads a panel ahead by itself, and needs no more than a line of a turn to go by.
-
-    Its prefetcher can have more lines on their way than the first-level cache has places for, which is where all wait
-    that are asked for one by one. But it is some lines ahead only, and late where much is multiplied with each of them.
-
-    Args:
-        layout: Of the weight.
-        products: Of vectors, in 32 steps of the reduction.
-        machine: What code is generated for.
-    """
-    lines = panel_words(layout, GROUP) * 4 // LINE
-    return machine.streams_into > 1 and products <= _SOON * lines
 
 
 def reader(
