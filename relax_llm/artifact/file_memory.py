@@ -35,15 +35,13 @@ def file_memory(file: BinaryIO, *, mapped: bool | None = None) -> Array:
     Raises:
         OSError, ValueError: It cannot be read, or is empty.
     """
-    if mapped is None:
-        mapped = _maps_large_pages()
-        if mapped and sys.platform == "linux":
-            memory = _map(file)
-            # A copy of what fills half of the machine might not fit beside what the system keeps of the file.
-            if len(memory) >= _physical_memory() / 2 or _share_of_large_pages(memory) >= _ENOUGH:
-                return memory
-            mapped = False
-    return _map(file) if mapped else _copy(file)
+    if not (_maps_large_pages() if mapped is None else mapped):
+        return _copy(file)
+    memory = _map(file)
+    # A copy of what fills half of the machine might not fit beside what the system keeps of the file.
+    if mapped is None and len(memory) < _physical_memory() / 2 and _share_of_large_pages(memory) < _ENOUGH:
+        return _copy(file)
+    return memory
 
 
 def _maps_large_pages() -> bool:
@@ -64,6 +62,8 @@ def _physical_memory() -> float:
 
 def _share_of_large_pages(mapped: Array) -> float:
     """How much of a mapped file lies in pages of 2 MB, by some that are used for this; 1 where nobody says so."""
+    if sys.platform != "linux":
+        return 1.0
     begin = mapped.ctypes.data
     pages = range(-begin % LARGE_PAGE, len(mapped) - LARGE_PAGE + 1, LARGE_PAGE)
     used = pages[:: -(-len(pages) // _LOOKED_AT)] if pages else pages
