@@ -32,15 +32,7 @@ def bench(
     rounds: Annotated[
         int, typer.Option("--rounds", metavar="N", help="How often.", rich_help_panel=_RUN)
     ] = 5,
-    beside: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--beside",
-            metavar="MODEL",
-            help="Another artifact or checkpoint, which takes turns with the model; may be repeated.",
-            rich_help_panel=_RUN,
-        ),
-    ] = None,
+    beside: o.Beside = None,
     limits: o.Limits = None,
     weights: o.Weights = None,
     kv_cache: o.KVCache = None,

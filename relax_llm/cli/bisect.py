@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relax_llm.cli import findings as f, options as o, screen
+from relax_llm.cli import findings as f, options as o, prompts, screen
 from relax_llm.cli.interrupts import InterruptibleBars
 from relax_llm.cli.models import named_or_default
 from relax_llm.errors import InputError
@@ -37,9 +37,9 @@ def bisect(
         typer.Option("--bad", metavar="FILE", help="A plan by which MODEL is wrong.", rich_help_panel=_WAYS),
     ] = None,
     prompt: f.Prompt = None,
-    ids: f.Ids = False,
+    ids: prompts.Ids = False,
     length: f.Length = None,
-    decodes: f.Decodes = 3,
+    decodes: prompts.Decodes = 3,
     bound: f.Bound = None,
     runs: Annotated[
         int, typer.Option("--runs", metavar="N", help="The most runs.", rich_help_panel="Run")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from relax_llm.cli import findings as f, options as o, screen, tables
+from relax_llm.cli import findings as f, options as o, prompts, screen, tables
 from relax_llm.cli.interrupts import InterruptibleBars
 from relax_llm.cli.models import named_or_default
 from relax_llm.errors import InputError
@@ -63,9 +63,9 @@ def compare(
         ),
     ] = "*",
     prompt: f.Prompt = None,
-    ids: f.Ids = False,
+    ids: prompts.Ids = False,
     length: f.Length = None,
-    decodes: f.Decodes = 3,
+    decodes: prompts.Decodes = 3,
     bound: f.Bound = None,
     sites: Annotated[
         bool,

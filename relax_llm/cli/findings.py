@@ -23,9 +23,6 @@ Prompt = Annotated[
         rich_help_panel=_RUN,
     ),
 ]
-Ids = Annotated[
-    bool, typer.Option("--ids", help="The prompt is token ids, such as '1, 2, 3'.", rich_help_panel=_RUN)
-]
 Length = Annotated[
     int | None,
     typer.Option(
@@ -33,12 +30,6 @@ Length = Annotated[
         metavar="N",
         help="N random tokens instead of a prompt: other sizes have other kernels.",
         rich_help_panel=_RUN,
-    ),
-]
-Decodes = Annotated[
-    int,
-    typer.Option(
-        "--decodes", "-n", metavar="N", help="Tokens to decode behind the prompt.", rich_help_panel=_RUN
     ),
 ]
 Bound = Annotated[

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from relax_llm.tracing import limits
 
 _MODEL, _SAMPLING, _LENGTH = "Model", "Choosing tokens", "Ending the answer"
-_DRAFTS, _OUTPUT = "Drafting tokens", "Output"
+_DRAFTS, _RUN, _OUTPUT = "Drafting tokens", "Run", "Output"
 
 Subject = Annotated[
     str | None,
@@ -197,6 +197,15 @@ PromptLookupNgram = Annotated[
         metavar="N",
         help="Look up the last N tokens, or fewer; by default 3.",
         rich_help_panel=_DRAFTS,
+    ),
+]
+Beside = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--beside",
+        metavar="MODEL",
+        help="Another artifact or checkpoint, which takes turns with the model; may be repeated.",
+        rich_help_panel=_RUN,
     ),
 ]
 ANEW = "anew"

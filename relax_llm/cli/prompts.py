@@ -20,6 +20,12 @@ Prompt = Annotated[
 Ids = Annotated[
     bool, typer.Option("--ids", help="The prompt is token ids, such as '1, 2, 3'.", rich_help_panel=_RUN)
 ]
+Decodes = Annotated[
+    int,
+    typer.Option(
+        "--decodes", "-n", metavar="N", help="Tokens to decode behind the prompt.", rich_help_panel=_RUN
+    ),
+]
 DEFAULT = "My favorite music is"
 
 

@@ -43,12 +43,7 @@ def record(
     ] = 1024,
     prompt: prompts.Prompt = prompts.DEFAULT,
     ids: prompts.Ids = False,
-    decodes: Annotated[
-        int,
-        typer.Option(
-            "--decodes", "-n", metavar="N", help="Tokens to decode behind the prompt.", rich_help_panel=_RUN
-        ),
-    ] = 1,
+    decodes: prompts.Decodes = 1,
     weights: o.Weights = None,
     architecture: o.Architecture = None,
     kernels: o.Kernels = None,

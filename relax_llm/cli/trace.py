@@ -29,12 +29,7 @@ def trace(
     model: o.Subject = None,
     prompt: prompts.Prompt = prompts.DEFAULT,
     ids: prompts.Ids = False,
-    decodes: Annotated[
-        int,
-        typer.Option(
-            "--decodes", "-n", metavar="N", help="Tokens to decode behind the prompt.", rich_help_panel=_RUN
-        ),
-    ] = 16,
+    decodes: prompts.Decodes = 16,
     cold: Annotated[
         bool,
         typer.Option(
@@ -51,15 +46,7 @@ def trace(
             rich_help_panel=_OUTPUT,
         ),
     ] = None,
-    beside: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--beside",
-            metavar="MODEL",
-            help="Another artifact or checkpoint, which takes turns with the model; may be repeated.",
-            rich_help_panel=_RUN,
-        ),
-    ] = None,
+    beside: o.Beside = None,
     rounds: Annotated[
         int, typer.Option("--rounds", metavar="N", help="How often, with --beside.", rich_help_panel=_RUN)
     ] = 7,
@@ -156,14 +143,15 @@ def _in_turns(
     Raises:
         ContextLengthError: They do not fit.
     """
+    from relax_llm.runtime.speed import turns
+
     for runner in runners:
         require_room(runner, len(token_ids), decodes)
     limits = limits or runners[0].limits()
     found: list[list[Trace]] = [[] for _ in runners]
     with Bars().task("Tracing", (rounds + 1) * len(runners)) as advance:
         for number in range(rounds + 1):
-            for turn in range(len(runners)):
-                who = (turn + number) % len(runners)
+            for who in turns(len(runners), number):
                 with runners[who].tracing(limits) as traced:
                     prompts.run(runners[who], token_ids, decodes)
                 found[who] += [traced] if number else []

@@ -179,6 +179,11 @@ def measure(
     return found
 
 
+def turns(count: int, number: int) -> list[int]:
+    """Who comes after whom in a round: all move up by one from round to round."""
+    return [(turn + number) % count for turn in range(count)]
+
+
 def in_turns(
     runners: Sequence["Runner"],
     lengths: Sequence[int] = LENGTHS,
@@ -211,8 +216,7 @@ def in_turns(
                 measured.append(runners[0].limits(anew=True))
             for length in taken[0]:
                 ids = random.integers(0, vocabulary, length).tolist()
-                for turn in range(len(runners)):
-                    who = (turn + number) % len(runners)
+                for who in turns(len(runners), number):
                     first, rest = _answer(runners[who], ids, decodes)
                     if number:
                         prefill, decode = taken[who][length]
