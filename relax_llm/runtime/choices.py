@@ -8,7 +8,7 @@ from relax_llm.artifact.artifact import Artifact
 from relax_llm.artifact.manifest import Dispatcher, Served
 from relax_llm.errors import ArtifactError, InputError, PlanError
 from relax_llm.plan.plan import Entry, Plan, parts_of
-from relax_llm.plan.sizes import Bounds, Box
+from relax_llm.plan.sizes import Bounds, Box, cells, corner
 
 Key = tuple[str, str]
 """A site and the symbol of its dispatcher."""
@@ -108,6 +108,24 @@ class Rule:
 
 
 _REMEMBERED = 1024
+_TOKENS = ("M", "seq")  # axes that count the tokens of a sequence
+
+
+def tokens_alike(place: Place, parts: Sequence[Part]) -> int | None:
+    """How many tokens of one sequence, at most, the kernel serves that serves one alone; None: any number.
+
+    Args:
+        place: Where.
+        parts: What serves each size there; total, and the first that holds a size counts.
+    """
+    rule, axes = Rule(place.symbol, parts), place.axes
+    boxes = [Box(tuple(zip(axes, bounds, strict=True))) for bounds, _ in parts]
+    counts = []
+    for sizes in map(corner, cells(axes, boxes)):
+        alone = {axis: 1 if axis in _TOKENS else size for axis, size in sizes.items()}
+        if sizes.get("batch", 1) == 1 and rule(tuple(sizes.values())) != rule(tuple(alone.values())):
+            counts.append(max(size for axis, size in sizes.items() if axis in _TOKENS) - 1)
+    return min(counts, default=None)
 
 
 def places(artifact: Artifact) -> dict[Key, Place]:

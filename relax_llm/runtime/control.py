@@ -20,7 +20,7 @@ from relax_llm.plan.kernel import AXES, Selection
 from relax_llm.plan.plan import Plan
 from relax_llm.plan.sizes import Box
 from relax_llm.runtime import choices, counts
-from relax_llm.runtime.choices import Fixed, Key, Layer, Place, Rule
+from relax_llm.runtime.choices import Fixed, Key, Layer, Part, Place, Rule
 from relax_llm.runtime.counts import Counts
 from relax_llm.runtime.dispatch import OPEN, Run, answer, asking
 from relax_llm.runtime.vm import VirtualMachine
@@ -309,18 +309,28 @@ class Control:
         """Every launch without a choice, once."""
         return list(dict.fromkeys(one for line in self.lines.values() for _, one in line.fixed))
 
+    def tokens_alike(self) -> int | None:
+        """See `Runner.tokens_alike`."""
+        with self._lock:
+            kinds = {(place.symbol, self._parts(place)): place for place in self._places.values()}
+        counts = [choices.tokens_alike(place, parts) for (_, parts), place in kinds.items()]
+        return min((count for count in counts if count is not None), default=None)
+
     def _made_rules(self, function: str) -> list[Rule]:
         """The rule of each launch of a function that has a choice; launches that choose alike share theirs."""
-        shared: dict[tuple[str, tuple[choices.Part, ...]], Rule] = {}
+        shared: dict[tuple[str, tuple[Part, ...]], Rule] = {}
         rules = []
         for place in self.line(function).chosen:
-            parts = [part for layer in self._above() for part in layer.get(place.key, ())]
-            if self.selection == "pinned" and place.pinned is not None:
-                parts.append(place.part(Box(), place.pinned))
-            parts += place.planned
-            key = place.symbol, tuple(parts)
+            key = place.symbol, self._parts(place)
             rules.append(shared.setdefault(key, Rule(*key)))
         return rules
+
+    def _parts(self, place: Place) -> tuple[Part, ...]:
+        """What serves each size at a place: the first that holds it counts."""
+        parts = [part for layer in self._above() for part in layer.get(place.key, ())]
+        if self.selection == "pinned" and place.pinned is not None:
+            parts.append(place.part(Box(), place.pinned))
+        return (*parts, *place.planned)
 
     def _above(self) -> Iterator[Layer]:
         """The layers from the top: what is forced, then other plans, the latest first."""

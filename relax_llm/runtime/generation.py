@@ -81,7 +81,8 @@ def stream(
         prefill_chunk: How many tokens of the prompt to evaluate in one call.
         progress: Called with (tokens done, tokens to do) while the prompt is evaluated.
         prompt_lookup: How many tokens to draft at most: what followed the last tokens once before is verified in
-            one call of the model. The answer is the one without drafts; where they agree it comes sooner. 0 is off.
+            one call of the model. The answer is the one without drafts; where they agree it comes sooner. So drafts
+            are no longer than the kernels of one token serve (`Runner.tokens_alike`). 0 is off.
         prompt_lookup_ngram: How many of the last tokens are looked up, where they are found together.
         **sampling: `do_sample` and the fields of `SamplingOptions`: temperature, top_k, top_p, min_p,
             repetition_penalty, presence_penalty, frequency_penalty, logit_bias, seed, logprobs. What is not
@@ -112,6 +113,9 @@ def stream(
     ids = prompt_ids(runner, prompt, add_special_tokens=add_special_tokens)
     sampler = Sampler(options, runner.vocab_size, ids)
     text = _AnswerText(tokenizer, ids, StopStrings(stops))
+    alike = runner.tokens_alike
+    if alike is not None:
+        drafted = min(drafted, alike - 1)
     lookup = PromptLookup(runner, ids, drafted, ngram, ends) if drafted else None
     task = _Task(runner, ids, sampler, text, ends, limit, chunk, progress, lookup)
     return _pieces(task, state, time.perf_counter() - began)

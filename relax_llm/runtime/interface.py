@@ -61,6 +61,11 @@ class LanguageModel(Protocol):
         ...
 
     @property
+    def tokens_alike(self) -> int | None:
+        """How many tokens a call may have, at most, to give each the logits that it gets alone; None: any number."""
+        ...
+
+    @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, where the artifact has one."""
         ...

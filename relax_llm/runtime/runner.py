@@ -108,6 +108,14 @@ class Runner:
         """What the virtual machine executes."""
         return self._machine.program
 
+    @property
+    def tokens_alike(self) -> int | None:
+        """How many tokens of a sequence a call may have, at most, for its kernels to be those of one; None: any number.
+
+        So many get the logits that they get one by one, to the last bit. It depends on what is forced now, too.
+        """
+        return self._control.tokens_alike()
+
     def start(self, batch: int = 1) -> State:
         """An empty state.
 

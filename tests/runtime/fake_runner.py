@@ -89,6 +89,7 @@ class FakeRunner:
         generation_config: Mapping[str, Any] | None = None,
         says: Callable[[list[int]], int] | None = None,
         seed: int = 0,
+        tokens_alike: int | None = None,
     ) -> None:
         random = np.random.default_rng(seed)
         self.context_length = context_length
@@ -96,6 +97,7 @@ class FakeRunner:
         self.vocab_size = 264  # longer than the tokenizer's, as in padded models
         self.generation_config = dict(generation_config or {})
         self.says = says
+        self.tokens_alike = tokens_alike
         self.evaluated: list[int] = []  # tokens of each call
         self.taken = 0  # calls of `greedy`
         self._embedding = random.normal(size=(self.vocab_size, 16))

@@ -351,11 +351,15 @@ def test_pinned(artifact: rl.Artifact) -> None:
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
-def test_pinned_results_do_not_depend_on_how_tokens_are_divided(
-    config: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize("selection", ["dynamic", "pinned"])
+def test_results_do_not_depend_on_how_tokens_are_divided(
+    selection: Any, config: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Bitwise, whole models: every division in two calls, token by token, and several at once."""
-    runner = rl.Runner(rl.compile(write(tmp_path / "checkpoint", config)), selection="pinned")
+    """Bitwise, whole models: every division in two calls, token by token, and several at once.
+
+    In f32 so it is also where sizes choose, for those kernels sum in one order.
+    """
+    runner = rl.Runner(rl.compile(write(tmp_path / "checkpoint", config)), selection=selection)
     ids = np.random.default_rng(0).integers(0, runner.vocab_size, 40)
     expected = runner.prefill(runner.start(), ids, output="all")
     for cut in (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 39):
@@ -368,6 +372,41 @@ def test_pinned_results_do_not_depend_on_how_tokens_are_divided(
     np.testing.assert_array_equal(one_by_one, expected)
     batch = runner.prefill(runner.start(3), np.stack([ids] * 3), output="all")
     np.testing.assert_array_equal(batch, np.stack([expected] * 3))
+
+
+def test_tokens_that_are_served_by_the_kernels_of_one(runner: rl.Runner) -> None:
+    """As long as no kernel at any site is another: `scale` has one for one query, `add` one for up to 2 rows."""
+    found = [runner.tokens_alike]
+    with runner.force(ATTENTION, "single"):
+        found.append(runner.tokens_alike)
+        with runner.force(DOWN, "plain"):
+            found.append(runner.tokens_alike)
+            with runner.force(GATE, "plain"):
+                found.append(runner.tokens_alike)
+            with runner.plan({GATE: "triple"}):
+                found.append(runner.tokens_alike)
+    assert found == [1, 2, 2, None, 2]
+    assert runner.tokens_alike == 1
+    assert rl.Runner(runner.artifact, selection="pinned").tokens_alike is None
+
+
+@pytest.mark.parametrize(
+    ("axes", "ranges", "expected"),
+    [
+        (("M",), [({"M": [1, None]}, 0)], None),
+        (("M",), [({"M": [1, 8]}, 0), ({"M": [9, None]}, 1)], 8),
+        (("M",), [({"M": [1, 4]}, 0), ({"M": [5, 8]}, 0), ({"M": [9, 9]}, 1), ({}, 0)], 8),
+        (("M",), [({"M": [2, 2]}, 1), ({}, 0)], 1),
+        (("batch", "seq"), [({"batch": [2, None], "seq": [3, None]}, 1), ({}, 0)], None),
+        (("batch", "seq"), [({"batch": [1, 3], "seq": [7, None]}, 1), ({}, 0)], 6),
+        (("seq", "kv_len"), [({"kv_len": [1, 512]}, 0), ({}, 1)], None),
+        (("seq", "kv_len"), [({"seq": [4, None], "kv_len": [513, None]}, 1), ({}, 0)], 3),
+    ],
+)
+def test_tokens_alike(axes: tuple[str, ...], ranges: list[Any], expected: int | None) -> None:
+    place = choices.Place("site", "symbol", "operator", axes, (("one", Box()), ("other", Box())), (), None)
+    parts = [place.part(Box.from_json(sizes), index) for sizes, index in ranges]
+    assert choices.tokens_alike(place, parts) == expected
 
 
 def test_pinned_where_nothing_serves_every_size(tmp_path: Path) -> None:

@@ -221,29 +221,57 @@ def test_drafts_grow_where_they_are_kept_and_shrink_where_they_are_not() -> None
     assert max(wrong.evaluated[12:]) <= 2
 
 
+@pytest.mark.parametrize("alike", [1, 2, 5])
+def test_drafts_are_as_short_as_the_kernels_of_one_token_serve(alike: int) -> None:
+    runner = FakeRunner(says=lambda tokens: 1 + len(tokens) % 3, tokens_alike=alike)
+    answer = generate(runner, [1, 2, 3] * 3, max_new_tokens=40, prompt_lookup=16)
+    assert max(runner.evaluated[1:]) == alike
+    assert (answer.timings.drafted_tokens > 0) == (alike > 1)
+
+
+def test_answers_where_more_rows_are_rounded_otherwise(models: dict[str, Path]) -> None:
+    """A kernel for up to 4 rows that sums in float64, beside those of this project for more."""
+
+    @rl.kernel("matmul", form="python", m=(1, 4), sites="layers.*.mlp.*")
+    def precise(problem: object, x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
+        out[:] = x.astype(np.float64) @ weight.T.astype(np.float64)
+
+    runner = rl.Runner(rl.compile(models["llama"], kernels=[precise]))
+    assert runner.tokens_alike == 4
+    ids = [3, 1, 4, 1, 5, 9, 2, 6]
+    alone = [runner.decode(state, token_id) for state in [runner.start()] for token_id in ids]
+    assert (runner.prefill(runner.start(), ids, output="all") != alone).any()
+    options: dict[str, Any] = {"max_new_tokens": 60, "logprobs": 2, "stop_tokens": []}
+    expected = runner.generate(ids * 2, **options)
+    with runner.counting() as counts:
+        answer = runner.generate(ids * 2, prompt_lookup=16, **options)
+    assert answers(answer) == answers(expected)
+    assert answer.timings.accepted_tokens > 0
+    assert counts.kernel("precise", M=4) > 0
+
+
 @pytest.mark.parametrize("ngram", [1, 3])
 def test_compiled_models(model: rl.Runner, ngram: int) -> None:
-    """Bitwise the same logits, with the kernels of plain decoding at every size."""
-    runner = rl.Runner(model.artifact, selection="pinned")
+    """Bitwise the same logits, with the kernels of plain decoding."""
     random = np.random.default_rng(0)
     kept = 0
     for length in (1, 5, 16, 30):
-        prompt = random.integers(0, runner.vocab_size, length).tolist() * 2
-        states = runner.start(), runner.start()
+        prompt = random.integers(0, model.vocab_size, length).tolist() * 2
+        states = model.start(), model.start()
         options: dict[str, Any] = {"max_new_tokens": 60, "logprobs": 2, "stop_tokens": []}
-        expected = runner.generate(prompt, state=states[0], **options)
-        answer = runner.generate(
+        expected = model.generate(prompt, state=states[0], **options)
+        answer = model.generate(
             prompt, state=states[1], prompt_lookup=7, prompt_lookup_ngram=ngram, **options
         )
         assert answers(answer) == answers(expected)
         assert states[0].tokens == states[1].tokens
         kept += answer.timings.accepted_tokens
-        np.testing.assert_array_equal(runner.decode(states[0], 3), runner.decode(states[1], 3))
+        np.testing.assert_array_equal(model.decode(states[0], 3), model.decode(states[1], 3))
     assert kept > 0
 
 
 def test_to_the_end_of_a_compiled_models_context(models: dict[str, Path], plainer_machine: None) -> None:
-    runner = rl.Runner(rl.compile(models["llama"]), selection="pinned")
+    runner = rl.Runner(rl.compile(models["llama"]))
     prompt = [3, 1, 4, 1, 5] * ((runner.context_length - 20) // 5)
     results = [
         runner.generate(prompt, max_new_tokens=999, stop_tokens=[], prompt_lookup=lookup) for lookup in (0, 9)
