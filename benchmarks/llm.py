@@ -11,16 +11,18 @@ median over the rounds, and of ratios the median of those within a round.
 `pp` is the time to the first token of a prompt of so many tokens, `tg` that of each further token behind so many; both
 in tokens per second. Each prompt is new, so that no engine knows it from before. `of limit` is how close this project
 comes to what no program with the same instructions can beat: its flops at the speed of the vector instructions for
-them, or its bytes at the speed of reading as much memory (both counted from the artifact's manifest). `others` is the
+them, or its bytes at the speed of reading as much memory (both counted from the artifact's manifest). These speeds are
+measured just before and behind each of its turns, for those of a virtual machine change within seconds. `others` is the
 share of the processors that something else had while an engine was at work: where it is not small, the figures are
 those of a busy machine.
 """
 
 import argparse
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 
@@ -65,7 +67,7 @@ def measure(options: argparse.Namespace, weights: str, program: LimitsProgram) -
     seats, missing = seats_of(options.engines, weights)
     limits: list[Limits] = []
     with ExitStack() as stack:
-        table = Table(cases, options.patience, missing)
+        table = Table(cases, options.patience, missing, lambda: program.measure(memory))
         for seat in seats:
             try:
                 table.add(stack.enter_context(Worker(seat, forms, options.threads, options.patience)))
@@ -80,20 +82,24 @@ def measure(options: argparse.Namespace, weights: str, program: LimitsProgram) -
             for length in sorted({case.length for case in cases}):
                 table.turn(random.integers(0, manifest.vocab_size, length).tolist(), recorded=number > 0)
         table.end()
+    least = {
+        case: [
+            mean(
+                least_seconds(manifest, manifest.greedy_function(sizes["seq"]), sizes, found) / case.tokens
+                for found in around
+            )
+            for around in table.limits[case]
+        ]
+        for case, sizes in ((case, case.sizes()) for case in cases)
+    }
     return Report(
         f"{options.shape} on {cpu.name()}, {options.threads} threads, medians of {options.rounds} rounds, tokens/s",
         weights,
         cases,
         limits,
-        {
-            case: [
-                least_seconds(manifest, manifest.greedy_function(sizes["seq"]), sizes, found) / case.tokens
-                for found in limits
-            ]
-            for case, sizes in ((case, case.sizes()) for case in cases)
-        },
+        least,
         table.figures,
-        [seat.name for seat in seats if seat.name in table.figures and seat.name.startswith(OURS.NAME)],
+        table.ours,
         missing,
     )
 
@@ -105,14 +111,31 @@ class Table:
         cases: What is measured.
         patience: Seconds that an engine may take for an answer.
         missing: Told who does not get to the end, and why.
+        measure: Measures the machine's limits.
+
+    Attributes:
+        figures: Of everybody, by name.
+        limits: At each case, those before and behind each recorded turn of the first of `ours`.
     """
 
-    def __init__(self, cases: Sequence[Case], patience: float, missing: dict[str, str]) -> None:
-        self._cases, self._patience, self._missing = cases, patience, missing
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        patience: float,
+        missing: dict[str, str],
+        measure: Callable[[], Limits],
+    ) -> None:
+        self._cases, self._patience, self._missing, self._measure = cases, patience, missing, measure
         self._workers: list[Worker] = []
         self._order = np.random.default_rng(0)
         self._slow: dict[str, float] = {}  # seconds for a token of a prompt, as it was last
         self.figures: dict[str, Figures] = {}
+        self.limits: dict[Case, list[list[Limits]]] = {case: [] for case in cases}
+
+    @property
+    def ours(self) -> list[str]:
+        """The names of this project."""
+        return [name for name in self.figures if name.startswith(OURS.NAME)]
 
     def add(self, worker: Worker) -> None:
         """Give one a place."""
@@ -137,6 +160,8 @@ class Table:
         for worker in map(workers.__getitem__, self._order.permutation(len(workers))):
             name = worker.seat.name
             rates = self.figures[name].rates
+            judged = recorded and name in self.ours[:1]
+            around = [self._measure()] if judged else []
             answer = None
             if length * self._slow.get(name, 0) <= self._patience:
                 answer = self._answer(worker, token_ids, 2 + DECODED if decodes else 1)
@@ -145,9 +170,12 @@ class Table:
                 self._missing[name] = f"{text}: would take {length * self._slow[name]:.0f} s"
             if answer:
                 self._slow[name] = answer[1][0] / length
-            if recorded:
-                for case in cases:
-                    rates[case].append(case.rate(answer[1]) if answer else None)
+            if judged:
+                around.append(self._measure())
+            for case in cases if recorded else ():
+                rates[case].append(case.rate(answer[1]) if answer else None)
+                if judged:
+                    self.limits[case].append(around)
 
     def _answer(
         self, worker: Worker, token_ids: list[int], count: int

@@ -47,7 +47,7 @@ class Report:
         weights: The format.
         cases: What was measured.
         limits: Of the machine, in each round.
-        least: For each case, the seconds that a token takes at least, at the limits of each round.
+        least: For each case, the seconds that a token takes at least, at the limits around our turn in each round.
         figures: Of everybody who was measured, by name.
         ours: The names of this project; the first is compared with.
         missing: Who was not measured, or not to the end, and why.
@@ -148,6 +148,7 @@ class Report:
             },
             "ours": list(self.ours),
             "best_peer": {str(case): name for case, name in self.best.items()},
+            "least_seconds": {str(case): list(seconds) for case, seconds in self.least.items()},
             "ratio": {str(case): self.ratio(case) for case in self.cases},
             "prefill_ratio": self.prefill,
             "of_limit": {str(case): self.of_limit(case) for case in self.cases},

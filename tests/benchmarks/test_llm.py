@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ import pytest
 import relax_llm as rl
 from benchmarks.chart import chart
 from benchmarks.limits import Limits, LimitsProgram
-from benchmarks.llm import seats_of
+from benchmarks.llm import Table, seats_of
 from benchmarks.models import Forms, gguf_letter, write_gguf, write_huggingface
 from benchmarks.peers import ENGINES, OURS
 from benchmarks.report import Figures, Report, to_json
@@ -193,6 +195,26 @@ def test_a_worker_that_fails_says_why_and_ends(forms: Forms, variant: str, why: 
         with pytest.raises(Unavailable, match=why):
             worker.answer([1, 2], 3)
         assert not worker._process.is_alive()
+
+
+def test_limits_are_measured_around_our_turns(forms: Forms) -> None:
+    """Around those of the first of ours, for each prompt once, and not in the round that warms up."""
+    measured = itertools.count()
+    names = ("relax_llm fake", "relax_llm other", "Fake")
+    with ExitStack() as stack:
+        table = Table([PP, TG, Case("decode", 16)], 20, {}, lambda: Limits(next(measured), 1))
+        for name in names:
+            place = Seat(engines.__name__, name, "counts")
+            table.add(stack.enter_context(Worker(place, forms, 1, patience=20)))
+        for recorded in (False, True, True):
+            for length in (16, 32):
+                table.turn(list(range(length)), recorded=recorded)
+    assert table.ours == list(names[:2])
+    found = {
+        case: [[int(each.flops) for each in pair] for pair in pairs] for case, pairs in table.limits.items()
+    }
+    assert found == {PP: [[0, 1], [4, 5]], Case("decode", 16): [[0, 1], [4, 5]], TG: [[2, 3], [6, 7]]}
+    assert all(len(rates) == 2 for name in names for rates in table.figures[name].rates.values())
 
 
 def test_a_model_that_cannot_be_prepared(forms: Forms) -> None:
