@@ -1,9 +1,11 @@
 /* What this processor can do at most, for longer than a moment: multiply-adds in registers (of f32, of bf16 and of bytes
  * with the vector instructions for them, and with those for tiles), and reading memory; and how far apart two cores are.
  *
- *     cc -O3 -march=native -ffp-contract=fast -pthread limits.c -o limits && ./limits THREADS [BYTES]
+ *     cc -O3 -march=native -ffp-contract=fast -pthread limits.c -o limits && echo | ./limits THREADS [BYTES]
  *
- * BYTES is how much memory is read again and again, by default more than caches hold. One line of JSON.
+ * BYTES is how much memory is read again and again, by default more than caches hold. For each line of input it measures
+ * and gives a line of JSON. It keeps its memory meanwhile: a system that is given a gigabyte back, and gives it to its
+ * host, was seen to slow down all others for seconds.
  */
 #define _GNU_SOURCE
 #if defined(__x86_64__)
@@ -224,16 +226,9 @@ static double apart(int threads) {
     return least;
 }
 
-int main(int count, char **arguments) {
-    int threads = count > 1 ? atoi(arguments[1]) : 1;
-    task *tasks = threads < 1 ? NULL : aligned_alloc(64, threads * sizeof *tasks);
-    if (!tasks) return 1;
-    memset(tasks, 0, threads * sizeof *tasks);
-
-    for (int i = 0; i < threads; i++)
-        for (int lane = 0; lane < LANES; lane++) tasks[i].half[lane] = 0.5f;
-    double compute = typical(multiply_add, tasks, threads);
-    double products = (double)STEPS * ACCUMULATORS * LANES * threads, flops = 2 * products / compute;
+/* One line of JSON. */
+static void measure(task *tasks, int threads, size_t bytes) {
+    double products = (double)STEPS * ACCUMULATORS * LANES * threads, compute = typical(multiply_add, tasks, threads);
     double bf16 = 0, int8 = 0, bf16_tiles = 0, int8_tiles = 0; /* 0 where there is no instruction */
 #if defined(__AVX512BF16__)
     bf16 = 2 * 2 * products / typical(dot_bf16, tasks, threads);
@@ -250,25 +245,34 @@ int main(int count, char **arguments) {
         int8_tiles = 2 * 4 * steps / typical(tile_int8, tasks, threads);
     }
 #endif
+    double reading = typical(read_memory, tasks, threads);
+    for (int i = 0; i < threads; i++) seen += tasks[i].result[0];
+    fprintf(stderr, "%g\n", seen); /* so that no work is left out */
+    printf("{\"flops\": %.0f, \"bytes\": %.0f, ", 2 * products / compute, bytes / reading);
+    printf("\"bf16\": %.0f, \"int8\": %.0f, ", bf16, int8);
+    printf("\"bf16_tiles\": %.0f, \"int8_tiles\": %.0f, ", bf16_tiles, int8_tiles);
+    printf("\"apart\": %.3g}\n", apart(threads));
+    fflush(stdout);
+}
 
-    size_t size = count > 2 ? strtoull(arguments[2], NULL, 10) : MEMORY, share = size / threads / BYTES;
+int main(int count, char **arguments) {
+    int threads = count > 1 ? atoi(arguments[1]) : 1;
+    task *tasks = threads < 1 ? NULL : aligned_alloc(64, threads * sizeof *tasks);
+    size_t size = count > 2 ? strtoull(arguments[2], NULL, 10) : MEMORY;
+    size_t share = threads < 1 ? 0 : size / threads / BYTES;
     char *memory = aligned_alloc(PAGE, (size + PAGE - 1) / PAGE * PAGE);
-    if (!memory || !share) return 1;
+    if (!tasks || !memory || !share) return 1;
+    memset(tasks, 0, threads * sizeof *tasks);
 #if defined(__linux__)
     madvise(memory, size, MADV_HUGEPAGE); /* as engines may keep weights */
 #endif
     memset(memory, 0, size);
     for (int i = 0; i < threads; i++) {
+        for (int lane = 0; lane < LANES; lane++) tasks[i].half[lane] = 0.5f;
         tasks[i].memory = (const vector *)memory + i * share;
         tasks[i].count = share;
     }
-    double reading = typical(read_memory, tasks, threads);
-
-    for (int i = 0; i < threads; i++) seen += tasks[i].result[0];
-    fprintf(stderr, "%g\n", seen); /* so that no work is left out */
-    printf("{\"flops\": %.0f, \"bytes\": %.0f, ", flops, (double)share * BYTES * threads / reading);
-    printf("\"bf16\": %.0f, \"int8\": %.0f, ", bf16, int8);
-    printf("\"bf16_tiles\": %.0f, \"int8_tiles\": %.0f, ", bf16_tiles, int8_tiles);
-    printf("\"apart\": %.3g}\n", apart(threads));
+    for (int c; (c = getchar()) != EOF;)
+        if (c == '\n') measure(tasks, threads, share * BYTES * threads);
     return 0;
 }

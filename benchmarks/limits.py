@@ -29,7 +29,7 @@ class Limits(limits.Limits):
 
 
 class LimitsProgram:
-    """The compiled program; a context manager, because it lies in a temporary directory."""
+    """The compiled program, which runs until the end; a context manager, because it lies in a temporary directory."""
 
     def __init__(self, threads: int) -> None:
         """Compile it.
@@ -41,6 +41,7 @@ class LimitsProgram:
         if compiler is None:
             raise SystemExit("A C compiler (gcc) is needed to measure what the machine can do at most.")
         self._threads = threads
+        self._running: tuple[int, subprocess.Popen[str]] | None = None
         self._directory = TemporaryDirectory()
         self._program = Path(self._directory.name) / "limits"
         subprocess.run([compiler, *OPTIONS, str(SOURCE), "-o", str(self._program)], check=True)
@@ -49,14 +50,36 @@ class LimitsProgram:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end()
         self._directory.cleanup()
 
     def measure(self, memory: int = 1 << 30) -> Limits:
-        """Run it: about a second, on all threads.
+        """Have it measure: about a second, on all threads.
 
         Args:
-            memory: Bytes that are read again and again; caches can hold less than a gigabyte of them.
+            memory: Bytes that are read again and again; caches can hold less than a gigabyte of them. They are kept
+                until another number is wanted.
         """
-        command = [str(self._program), str(self._threads), str(memory)]
-        done = subprocess.run(command, capture_output=True, check=True)
-        return Limits(**json.loads(done.stdout))
+        if self._running is None or self._running[0] != memory:
+            self._end()
+            command = [str(self._program), str(self._threads), str(memory)]
+            pipe = subprocess.PIPE
+            self._running = (
+                memory,
+                subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True),
+            )
+        process = self._running[1]
+        assert process.stdin is not None
+        assert process.stdout is not None
+        print(file=process.stdin, flush=True)
+        line = process.stdout.readline()
+        if not line:
+            raise SystemExit(
+                f"The program that measures the machine's limits failed: exit code {process.wait()}."
+            )
+        return Limits(**json.loads(line))
+
+    def _end(self) -> None:
+        if self._running is not None:
+            self._running[1].communicate()
+            self._running = None
