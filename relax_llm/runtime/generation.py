@@ -113,8 +113,7 @@ def stream(
     ids = prompt_ids(runner, prompt, add_special_tokens=add_special_tokens)
     sampler = Sampler(options, runner.vocab_size, ids)
     text = _AnswerText(tokenizer, ids, StopStrings(stops))
-    alike = runner.tokens_alike
-    if alike is not None:
+    if drafted and (alike := runner.tokens_alike) is not None:
         drafted = min(drafted, alike - 1)
     lookup = PromptLookup(runner, ids, drafted, ngram, ends) if drafted else None
     task = _Task(runner, ids, sampler, text, ends, limit, chunk, progress, lookup)
