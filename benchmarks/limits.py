@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,7 +42,7 @@ class LimitsProgram:
         if compiler is None:
             raise SystemExit("A C compiler (gcc) is needed to measure what the machine can do at most.")
         self._threads = threads
-        self._running: tuple[int, subprocess.Popen[str]] | None = None
+        self._running: subprocess.Popen[str] | None = None
         self._directory = TemporaryDirectory()
         self._program = Path(self._directory.name) / "limits"
         subprocess.run([compiler, *OPTIONS, str(SOURCE), "-o", str(self._program)], check=True)
@@ -60,18 +61,17 @@ class LimitsProgram:
             memory: Bytes that are read again and again; caches can hold less than a gigabyte of them. They are kept
                 until another number is wanted.
         """
-        if self._running is None or self._running[0] != memory:
+        command, pipe = [str(self._program), str(self._threads), str(memory)], subprocess.PIPE
+        if self._running is None or self._running.args != command:
             self._end()
-            command = [str(self._program), str(self._threads), str(memory)]
-            pipe = subprocess.PIPE
-            self._running = (
-                memory,
-                subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True),
+            self._running = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
             )
-        process = self._running[1]
+        process = self._running
         assert process.stdin is not None
         assert process.stdout is not None
-        print(file=process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # it has ended: then there is no line, either
+            print(file=process.stdin, flush=True)
         line = process.stdout.readline()
         if not line:
             raise SystemExit(
@@ -81,5 +81,5 @@ class LimitsProgram:
 
     def _end(self) -> None:
         if self._running is not None:
-            self._running[1].communicate()
+            self._running.communicate()
             self._running = None

@@ -34,6 +34,7 @@ from benchmarks.peers import ENGINES, OURS
 from benchmarks.report import Figures, Report, to_json
 from benchmarks.turns import DECODED, PAUSE, Case, Seat, Unavailable, Worker
 from relax_llm import cpu
+from relax_llm.artifact.manifest import Manifest
 from relax_llm.errors import RelaxLLMError
 from relax_llm.places import cache_directory
 from relax_llm.tracing.least import least_seconds
@@ -82,26 +83,23 @@ def measure(options: argparse.Namespace, weights: str, program: LimitsProgram) -
             for length in sorted({case.length for case in cases}):
                 table.turn(random.integers(0, manifest.vocab_size, length).tolist(), recorded=number > 0)
         table.end()
-    least = {
-        case: [
-            mean(
-                least_seconds(manifest, manifest.greedy_function(sizes["seq"]), sizes, found) / case.tokens
-                for found in around
-            )
-            for around in table.limits[case]
-        ]
-        for case, sizes in ((case, case.sizes()) for case in cases)
-    }
     return Report(
         f"{options.shape} on {cpu.name()}, {options.threads} threads, medians of {options.rounds} rounds, tokens/s",
         weights,
         cases,
         limits,
-        least,
+        {case: [_least(manifest, case, around) for around in table.limits[case]] for case in cases},
         table.figures,
         table.ours,
         missing,
     )
+
+
+def _least(manifest: Manifest, case: Case, limits: Sequence[Limits]) -> float:
+    """The seconds that a token takes at least, in the mean of some limits."""
+    sizes = case.sizes()
+    function = manifest.greedy_function(sizes["seq"])
+    return mean(least_seconds(manifest, function, sizes, found) for found in limits) / case.tokens
 
 
 class Table:

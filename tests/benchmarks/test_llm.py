@@ -71,6 +71,16 @@ def test_limits_are_those_of_a_computer() -> None:
         assert rate == 0 or 1e9 < rate < 1e14
 
 
+def test_limits_of_nothing() -> None:
+    with LimitsProgram(threads=1) as program:
+        for memory in (0, 1 << 24, 0):
+            if memory:
+                assert program.measure(memory).bytes > 0
+            else:
+                with pytest.raises(SystemExit, match="exit code 1"):
+                    program.measure(memory)
+
+
 def test_cases_are_named_as_llama_bench_does() -> None:
     assert Case.parse("pp64") == Case("prefill", 64)
     assert Case.parse("tg1024") == Case("decode", 1024)
