@@ -211,8 +211,9 @@ def test_a_weight_is_loaded_once_for_both_bytes_of_activations() -> None:
     for rows, body in tiles.items():
         blocks = re.split(r"^\.LBB\S+:.*$|^\tj.*$", body, flags=re.MULTILINE)
         products = [count for block in blocks if (count := len(re.findall(r"\bvpdpbusd\b", block)))]
-        assert set(products) == {8 * rows if rows <= 4 else 4 * rows}
-        assert len(products) <= 2  # for up to two rows LLVM makes a loop of its own for a tile that is alone
+        if len(products) > 1 and rows <= 2:  # LLVM makes a loop of its own for a tile that is alone
+            assert products.pop() == 8 * rows
+        assert products == ([8 * rows] if rows <= 4 else [4 * rows] * 2)
 
 
 @pytest.mark.parametrize("name", ["x86-64-v9", " x86-64", "znver4", "rocm"])

@@ -250,28 +250,30 @@ def test_answers_where_more_rows_are_rounded_otherwise(models: dict[str, Path]) 
     assert counts.kernel("precise", M=4) > 0
 
 
+@pytest.mark.parametrize("selection", ["dynamic", "pinned"])
 @pytest.mark.parametrize("ngram", [1, 3])
-def test_compiled_models(model: rl.Runner, ngram: int) -> None:
+def test_compiled_models(model: rl.Runner, ngram: int, selection: Any) -> None:
     """Bitwise the same logits, with the kernels of plain decoding."""
+    runner = rl.Runner(model.artifact, selection=selection)
     random = np.random.default_rng(0)
     kept = 0
     for length in (1, 5, 16, 30):
-        prompt = random.integers(0, model.vocab_size, length).tolist() * 2
-        states = model.start(), model.start()
+        prompt = random.integers(0, runner.vocab_size, length).tolist() * 2
+        states = runner.start(), runner.start()
         options: dict[str, Any] = {"max_new_tokens": 60, "logprobs": 2, "stop_tokens": []}
-        expected = model.generate(prompt, state=states[0], **options)
-        answer = model.generate(
+        expected = runner.generate(prompt, state=states[0], **options)
+        answer = runner.generate(
             prompt, state=states[1], prompt_lookup=7, prompt_lookup_ngram=ngram, **options
         )
         assert answers(answer) == answers(expected)
         assert states[0].tokens == states[1].tokens
         kept += answer.timings.accepted_tokens
-        np.testing.assert_array_equal(model.decode(states[0], 3), model.decode(states[1], 3))
+        np.testing.assert_array_equal(runner.decode(states[0], 3), runner.decode(states[1], 3))
     assert kept > 0
 
 
 def test_to_the_end_of_a_compiled_models_context(models: dict[str, Path], plainer_machine: None) -> None:
-    runner = rl.Runner(rl.compile(models["llama"]))
+    runner = rl.Runner(rl.compile(models["llama"]), selection="pinned")
     prompt = [3, 1, 4, 1, 5] * ((runner.context_length - 20) // 5)
     results = [
         runner.generate(prompt, max_new_tokens=999, stop_tokens=[], prompt_lookup=lookup) for lookup in (0, 9)
