@@ -313,8 +313,8 @@ class Control:
         """See `Runner.tokens_alike`."""
         with self._lock:
             kinds = {(place.symbol, self._parts(place)): place for place in self._places.values()}
-        counts = [choices.tokens_alike(place, parts) for (_, parts), place in kinds.items()]
-        return min((count for count in counts if count is not None), default=None)
+        found = [choices.tokens_alike(place, parts) for (_, parts), place in kinds.items()]
+        return min((most for most in found if most is not None), default=None)
 
     def _made_rules(self, function: str) -> list[Rule]:
         """The rule of each launch of a function that has a choice; launches that choose alike share theirs."""
