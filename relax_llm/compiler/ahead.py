@@ -1,28 +1,63 @@
-"""Products say which weight they read, so that threads which wait for one can ask for the next: see ahead.hpp."""
+"""Kernels say which weight or cache they read, so that threads which wait can ask for the next: see ahead.hpp."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from tvm import IRModule, tirx
 from tvm.tirx import PrimFunc
+from tvm.tirx.script.builder import ir as T
 
+from relax_llm.artifact.kv_cache import TILE
+from relax_llm.kernels.attention import Attention
 from relax_llm.kernels.inner import INTERNAL
 from relax_llm.kernels.matmul.problem import Matmul
 from relax_llm.kernels.problem import problem_of
 from relax_llm.kernels.threads import ANNOUNCE
 
-_WEIGHT = 1  # among the parameters of a product
+_Span = tuple[Any, Any, Any, Any]  # address, bytes of a part, parts, bytes from one to the next
 
 
 def announcing(mod: IRModule) -> IRModule:
-    """The module, in which each product that the model launches calls `ANNOUNCE` before it does anything else."""
+    """The module, in which what the model launches calls `ANNOUNCE` first, with each span of memory that it reads.
+
+    Products have their weight, and attention its keys and then its values, of each sequence and head a part.
+    """
     changed = mod.clone()
     for var, func in mod.functions_items():
         if not isinstance(func, PrimFunc) or INTERNAL in (func.attrs or {}):
             continue
-        if isinstance(problem_of(func), Matmul):
-            weight = func.params[_WEIGHT]
-            size = math.prod(map(int, weight.ty.shape)) * np.dtype(str(weight.dtype)).itemsize
-            call = tirx.call_extern("void", ANNOUNCE, weight.data, tirx.const(size, "int64"))
-            changed[var] = func.with_body(tirx.SeqStmt([tirx.Evaluate(call), func.body]))
+        calls = [tirx.Evaluate(tirx.call_extern("void", ANNOUNCE, *span)) for span in _spans(func)]
+        if calls:
+            changed[var] = func.with_body(tirx.SeqStmt([*calls, func.body]))
     return changed
+
+
+def _spans(func: PrimFunc) -> Sequence[_Span]:
+    problem = problem_of(func)
+    if isinstance(problem, Matmul):
+        weight = func.params[1]
+        return [(weight.data, T.int64(_bytes(weight.ty.shape, weight.dtype)), T.int64(1), T.int64(0))]
+    if isinstance(problem, Attention):
+        queries, keys, values, *_, kv_len, _ = func.params
+        first = T.int64(0)
+        if problem.window is not None:
+            before = kv_len - queries.ty.shape[1]
+            first = tirx.floordiv(tirx.max(before - (problem.window - 1), T.int64(0)), TILE)
+        tiles = tirx.floordiv(kv_len + (TILE - 1), TILE) - first
+        return [_seen(cache, first, tiles) for cache in (keys, values)]
+    return []
+
+
+def _seen(cache: Any, first: tirx.Expr, tiles: tirx.Expr) -> _Span:
+    """Some tiles of keys or values, of each sequence and head."""
+    batch, heads, capacity, *tile = cache.ty.shape
+    size = _bytes(tile, cache.dtype)
+    origin = (0, 0, first, *(0 for _ in tile))
+    start = T.address_of(cache[origin])
+    return start, tiles * size, batch * heads, capacity * size
+
+
+def _bytes(shape: Sequence[Any], dtype: Any) -> int:
+    return math.prod(map(int, shape)) * np.dtype(str(dtype)).itemsize

@@ -1,11 +1,12 @@
-// Which weight is read after which, and asking for it while a thread has nothing else to do.
+// What is read after what, and asking for it while a thread has nothing else to do.
 //
 // Between two products of a token there are short kernels, which one thread does alone, and between two tokens there is
-// the host: for a tenth of the time and more nobody reads memory. A model reads its weights in the same order for every
-// token, and each product says which one it reads as it begins. So a thread that waits for a loop asks for what it will
-// multiply with there: for its share of the weights that came next the last time, as much as its second-level cache
-// holds. The thread that launches has all between loops to do, and asks for some lines before it goes on. These are
-// hints. Where the order changes, or a weight is gone, lines are read in vain, and nothing else happens.
+// the host: for a tenth of the time and more nobody reads memory. A model reads its weights and caches in the same order
+// for every token, and each kernel that reads much says what it is as it begins. So a thread that waits for a loop asks
+// for what it will read there: for its share of what came next both times before, as much as its second-level cache
+// holds. Once is not enough: of two conversations that take turns each has caches of its own. The thread that launches
+// has all between loops to do, and asks for some lines before it goes on. These are hints. Where the order changes, or
+// memory is gone, lines are read in vain, and nothing else happens.
 
 #pragma once
 
@@ -18,22 +19,41 @@
 #include <atomic>
 
 class Ahead {
+  static constexpr int kLine = 64, kStep = 8 * kLine;  // after a step a thread looks whether it is waited for
+  static constexpr int kEntries = 1024;
+
  public:
-  // Where a thread goes on asking.
-  struct Place {
-    const char *weight = nullptr;
-    int64_t share = 0, at = 0;  // bytes of the thread's share; of it, asked for
+  // What one kernel reads: so many parts of so many bytes, each so far behind the start of the one before.
+  struct Span {
+    const char *start = nullptr;
+    int64_t bytes = 0, parts = 0, apart = 0;
   };
 
-  // A product begins that reads this weight.
-  void begins(const char *weight, int64_t bytes) {
+  // Where a thread goes on asking.
+  struct Place {
+    Span span;
+    int64_t share = 0, at = 0;  // bytes of the thread's share; of it, asked for
+
+    const char *next(int thread) const {  // what it asks for next, in this thread's share of all parts
+      const int64_t offset = share * thread / kLine * kLine + at;
+      return span.start + offset / span.bytes * span.apart + offset % span.bytes;
+    }
+  };
+
+  // A kernel begins that reads this.
+  void begins(const Span &span) {
     const char *before = current_.load(std::memory_order_relaxed);
-    if (weight == before) return;
+    if (span.start == before) return;
     Entry &entry = after(before);
+    const bool again = entry.before.load(std::memory_order_relaxed) == before &&
+                       entry.start.load(std::memory_order_relaxed) == span.start;
+    entry.again.store(again, std::memory_order_relaxed);
     entry.before.store(before, std::memory_order_relaxed);
-    entry.weight.store(weight, std::memory_order_relaxed);
-    entry.bytes.store(bytes, std::memory_order_relaxed);
-    current_.store(weight, std::memory_order_relaxed);
+    entry.start.store(span.start, std::memory_order_relaxed);
+    entry.bytes.store(span.bytes, std::memory_order_relaxed);
+    entry.parts.store(span.parts, std::memory_order_relaxed);
+    entry.apart.store(span.apart, std::memory_order_relaxed);
+    current_.store(span.start, std::memory_order_relaxed);
   }
 
   // Ask for a thread's share of what comes next, until there is something else to do.
@@ -46,42 +66,44 @@ class Ahead {
     }
     for (; asked < most(); asked += kStep) {
       if (busy()) return;
-      if (place.at >= place.share) {
-        const char *before = place.weight ? place.weight : current_.load(std::memory_order_relaxed);
-        const Entry &next = after(before);
-        if (next.before.load(std::memory_order_relaxed) != before) return;
-        place.weight = next.weight.load(std::memory_order_relaxed);
-        place.share = next.bytes.load(std::memory_order_relaxed) / threads;
-        place.at = 0;
-      }
-      const char *start = place.weight + place.share * thread / kLine * kLine + place.at;
-      prefetch(start, kStep);
+      if (place.at >= place.share && !follow(place, threads)) return;
+      prefetch(place.next(thread), kStep);
       place.at += kStep;
     }
   }
 
  private:
-  static constexpr int kLine = 64, kStep = 8 * kLine;  // after a step a thread looks whether it is waited for
-  static constexpr int kEntries = 1024;
-
   struct Entry {  // of a table by what came before; of two in one place the later one stays
-    std::atomic<const char *> before{nullptr}, weight{nullptr};
-    std::atomic<int64_t> bytes{0};
+    std::atomic<const char *> before{nullptr}, start{nullptr};
+    std::atomic<int64_t> bytes{0}, parts{0}, apart{0};
+    std::atomic<bool> again{false};  // it came next the time before, too
   };
 
-  Entry &after(const char *weight) {
-    return entries_[(reinterpret_cast<uintptr_t>(weight) / kLine * 0x9e3779b97f4a7c15u) >> 54];
+  Entry &after(const char *start) {
+    return entries_[(reinterpret_cast<uintptr_t>(start) / kLine * 0x9e3779b97f4a7c15u) >> 54];
   }
 
-  // Bytes that a thread has asked for of what comes after the current weight; negative where its place is not there.
+  // Go on to a thread's share of what comes next; false where nothing is known to.
+  bool follow(Place &place, int threads) {
+    const char *before = place.span.start ? place.span.start : current_.load(std::memory_order_relaxed);
+    const Entry &next = after(before);
+    if (next.before.load(std::memory_order_relaxed) != before || !next.again.load(std::memory_order_relaxed)) return false;
+    place.span = {next.start.load(std::memory_order_relaxed), next.bytes.load(std::memory_order_relaxed),
+                  next.parts.load(std::memory_order_relaxed), next.apart.load(std::memory_order_relaxed)};
+    place.share = place.span.bytes * place.span.parts / threads;
+    place.at = 0;
+    return place.share > 0;
+  }
+
+  // Bytes that a thread has asked for of what comes after what is read now; negative where its place is not there.
   int64_t distance(const Place &place, int threads) {
-    const char *weight = current_.load(std::memory_order_relaxed);
-    for (int64_t bytes = 0; place.weight && bytes < most();) {
-      const Entry &next = after(weight);
-      if (next.before.load(std::memory_order_relaxed) != weight) break;
-      weight = next.weight.load(std::memory_order_relaxed);
-      if (weight == place.weight) return bytes + place.at;
-      bytes += next.bytes.load(std::memory_order_relaxed) / threads + kStep;
+    const char *start = current_.load(std::memory_order_relaxed);
+    for (int64_t bytes = 0; place.span.start && bytes < most();) {
+      const Entry &next = after(start);
+      if (next.before.load(std::memory_order_relaxed) != start) break;
+      start = next.start.load(std::memory_order_relaxed);
+      if (start == place.span.start) return bytes + place.at;
+      bytes += next.bytes.load(std::memory_order_relaxed) * next.parts.load(std::memory_order_relaxed) / threads + kStep;
     }
     return -1;
   }

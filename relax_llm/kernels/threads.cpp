@@ -12,8 +12,8 @@
 //     serves somebody else. Where that happens twice within a short time the caller does without other threads for some
 //     multiple of it, and for a larger one where it goes on. Then a neighbour has one core, and the loops run on the other
 //     at the speed that one core has.
-//   - Who waits for the next loop asks for the weight that will be read there: see ahead.hpp. The caller, who does alone
-//     what lies between two loops, asks for some of its share before.
+//   - Who waits for the next loop asks for the weight or cache that will be read there: see ahead.hpp. The caller, who does
+//     alone what lies between two loops, asks for some of its share before.
 //
 // Tasks do not depend on each other, so that results are the same whoever runs which.
 
@@ -175,7 +175,7 @@ class Threads {
     return failed;
   }
 
-  void begins(const char *weight, int64_t bytes) { ahead_.begins(weight, bytes); }
+  void begins(const Ahead::Span &span) { ahead_.begins(span); }
 
   void serve(int self);
 
@@ -360,11 +360,11 @@ int launch(Loop loop, void *data, int) { return threads.launch(loop, data); }
 
 }  // namespace
 
-// What generated code calls: as a product begins, and the variable for its loops. That one is hidden: TVM's loader does
-// not find it, and leaves it as it is.
+// What generated code calls: as a kernel begins that reads much, and the variable for its loops. That one is hidden: TVM's
+// loader does not find it, and leaves it as it is.
 extern "C" {
-__attribute__((visibility("hidden"))) void ANNOUNCE(const char *weight, int64_t bytes) {
-  threads.begins(weight, bytes);
+__attribute__((visibility("hidden"))) void ANNOUNCE(const char *start, int64_t bytes, int64_t parts, int64_t apart) {
+  threads.begins({start, bytes, parts, apart});
 }
 
 extern __attribute__((visibility("hidden"))) int (*__TVMBackendParallelLaunch)(Loop, void *, int);

@@ -21,7 +21,7 @@ TASKS = 32
 """What loops are cut into: many more than threads, but so few that taking them is no work; a power of two."""
 
 ANNOUNCE = "relax_llm_reads"
-"""What a product calls as it begins: (address of its weight, bytes)."""
+"""What a kernel calls as it begins that reads much: (address, bytes of a part, parts, bytes from one to the next)."""
 
 _OPTIONS = ["-Wl,-Bsymbolic-functions"] if sys.platform == "linux" else []
 """Parts of a library call each other at once, and not by way of a table that another library could have changed."""

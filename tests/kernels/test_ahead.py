@@ -1,4 +1,4 @@
-"""Asking for weights ahead: what follows what is learned, a thread goes on where it was, and only products announce."""
+"""Asking ahead: what follows what is learned, a thread goes on where it was, and kernels announce what they read."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ HEADER = threads.SOURCE.with_name("ahead.hpp")
 
 PROGRAM = r"""
 #include <stdlib.h>
+#include <initializer_list>
 #include <stdio.h>
 #include "ahead.hpp"
 
@@ -34,33 +35,70 @@ static int steps(Ahead::Place &place, int thread, int threads, int most = 1 << 2
   return count - (count > most);
 }
 
+static void begins(const char *start, int64_t bytes) { ahead.begins({start, bytes, 1, 0}); }
+
 int main() {
   char *memory = static_cast<char *>(calloc(1, 1 << 20));
   const char *a = memory, *b = memory + 8192, *c = memory + 65536, *d = memory + 131072;
   const int64_t bytes = 8 * kStep, huge = 1ll << 40;
   Ahead::Place place;
-  ahead.begins(a, bytes);
+  begins(a, bytes);
   CHECK(steps(place, 1, 2) <= 1);  // nothing is known to follow
-  CHECK(!place.weight);
-  ahead.begins(b, bytes);
-  ahead.begins(c, bytes);
-  ahead.begins(d, huge);
-  ahead.begins(a, bytes);
+  CHECK(!place.span.start);
+  for (int time = 0; time < 2; time++) {
+    begins(b, bytes);
+    begins(c, bytes);
+    begins(d, huge);
+    begins(a, bytes);
+    if (time == 0) CHECK(steps(place, 1, 2) <= 1 && !place.span.start);  // once is not enough
+  }
   CHECK(steps(place, 1, 2, 3) == 3);  // interrupted in the share of b
-  CHECK(place.weight == b && place.share == bytes / 2 && place.at == 3 * kStep);
+  CHECK(place.span.start == b && place.share == bytes / 2 && place.at == 3 * kStep);
   CHECK(steps(place, 1, 2, 3) == 3);  // goes on: one step of b, two of c
-  CHECK(place.weight == c && place.at == 2 * kStep);
-  ahead.begins(b, bytes);
-  CHECK(steps(place, 1, 2, 1) == 1 && place.weight == c && place.at == 3 * kStep);  // b is read now, c comes next
-  ahead.begins(b, bytes);  // a product that announces itself twice
-  ahead.begins(c, bytes);
-  CHECK(steps(place, 1, 2, 1) == 1 && place.weight == d && place.at == kStep);  // c is read now
+  CHECK(place.span.start == c && place.at == 2 * kStep);
+  begins(b, bytes);
+  CHECK(steps(place, 1, 2, 1) == 1 && place.span.start == c && place.at == 3 * kStep);  // b is read now, c comes next
+  begins(b, bytes);  // a product that announces itself twice
+  begins(c, bytes);
+  CHECK(steps(place, 1, 2, 1) == 1 && place.span.start == d && place.at == kStep);  // c is read now
   Ahead::Place other;
-  CHECK(steps(other, 0, 4, 1) == 1 && other.weight == d && other.share == huge / 4);
+  CHECK(steps(other, 0, 4, 1) == 1 && other.span.start == d && other.share == huge / 4);
   CHECK(steps(place, 1, 2) < 1 << 20);  // no more than a cache holds
   CHECK(steps(place, 1, 2) == 0);
-  ahead.begins(b, bytes);  // out of order: what was learned of c is another thing now
-  CHECK(steps(other, 0, 4, 1) == 1 && other.weight == c && other.at == kStep);
+  begins(b, bytes);  // out of order: what was learned of c is another thing now
+  CHECK(steps(other, 0, 4, 1) == 1 && other.span.start == c && other.at == kStep);
+
+  // Caches: three heads of three steps, a page apart; two threads have a head and a half each.
+  for (int time = 0; time < 2; time++) {
+    begins(a, bytes);
+    ahead.begins({d, 3 * kStep, 3, 4096});
+  }
+  begins(a, bytes);
+  Ahead::Place second;
+  CHECK(steps(second, 1, 2, 1) == 1 && second.share == 9 * kStep / 2);
+  second.at = 0;
+  CHECK(second.next(1) == d + 4096 + 3 * kStep / 2);
+  CHECK(steps(second, 1, 2, 3) == 3 && second.next(1) == d + 2 * 4096 + 3 * kStep / 2);
+  CHECK(second.next(0) == d + 4096);
+
+  // Two conversations in turns: what follows is never the same as the time before, and nobody asks in vain.
+  for (const char *cache : {c, d, c, d}) {
+    begins(a, bytes);
+    Ahead::Place nowhere;
+    if (cache == d) CHECK(steps(nowhere, 1, 2) <= 1 && !nowhere.span.start);
+    ahead.begins({cache, bytes, 3, 4096});
+  }
+
+  // Nothing to read: no bytes in a part, or none for each thread.
+  for (const int64_t size : {int64_t{0}, int64_t{1}}) {
+    for (int time = 0; time < 2; time++) {
+      begins(a, bytes);
+      ahead.begins({b, size, 1, 0});
+    }
+    begins(a, bytes);
+    Ahead::Place none;
+    CHECK(steps(none, 0, 2) <= 1);
+  }
   return 0;
 }
 """
@@ -77,11 +115,13 @@ def test_order_is_learned_and_places_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", [None, "x86-64-v3", "aarch64"])
-def test_every_product_announces_its_weight(tmp_path: Path, target: str | None) -> None:
+def test_every_product_announces_its_weight_and_attention_its_cache(
+    tmp_path: Path, target: str | None
+) -> None:
     source = write(tmp_path / "checkpoint", LLAMA, tensors_for(llama_shapes(LLAMA)))
     artifact = rl.compile(source, output=tmp_path / "artifact", target=target)
     kernels = artifact.manifest.kernels
     announced = {name for name in kernels if f"@{threads.ANNOUNCE}(" in artifact.listing(name).llvm}
-    products = {name for name, kernel in kernels.items() if kernel.operator == "matmul"}
-    assert products
-    assert announced == (set() if target == "aarch64" else products)  # for aarch64 loops run on TVM's threads
+    reading = {name for name, kernel in kernels.items() if kernel.operator in ("matmul", "attention")}
+    assert {kernels[name].operator for name in reading} == {"matmul", "attention"}
+    assert announced == (set() if target == "aarch64" else reading)  # for aarch64 loops run on TVM's threads

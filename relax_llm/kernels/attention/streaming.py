@@ -31,7 +31,7 @@ _FEW = 16
 _SERIAL = 3000
 """One core does all up to this many products of a position and a row; of loading a position, as long as 8 rows take."""
 
-_SERIAL_MERGES = 2000
+_SERIAL_MERGES = 200
 """One core does all up to this many merges of a row."""
 
 
