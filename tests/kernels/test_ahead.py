@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import subprocess
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
+import tvm
 from tvm.support import cc
 
 import relax_llm as rl
+from relax_llm.compiler.ahead import announcing
 from relax_llm.kernels import threads
+from relax_llm.kernels.attention import Attention
+from relax_llm.kernels.operators import operator_of
 
 from ..artifact.checkpoints import LLAMA, llama_shapes, tensors_for, write
 
@@ -125,3 +130,33 @@ def test_every_product_announces_its_weight_and_attention_its_cache(
     reading = {name for name, kernel in kernels.items() if kernel.operator in ("matmul", "attention")}
     assert {kernels[name].operator for name in reading} == {"matmul", "attention"}
     assert announced == (set() if target == "aarch64" else reading)  # for aarch64 loops run on TVM's threads
+
+
+@pytest.mark.parametrize(
+    ("window", "seq", "kv_len", "first", "tiles"),
+    [
+        (None, 1, 1000, 0, 63),
+        (None, 16, 16, 0, 1),
+        (300, 1, 1000, 43, 20),
+        (300, 8, 1000, 43, 20),
+        (300, 1, 50, 0, 4),
+    ],
+)
+def test_attention_announces_what_it_sees_of_each_head(
+    window: int | None, seq: int, kv_len: int, first: int, tiles: int
+) -> None:
+    problem = Attention(9, 3, 64, 0.125, window=window, cache="bf16")
+    kernel = operator_of(problem).definition(problem)
+    (func,) = announcing(tvm.IRModule({"attention": kernel})).functions.values()
+    calls = [statement.value.args[1:] for statement in func.body.seq[:2]]
+    sizes = {"batch": 2, "seq": seq, "tiles": 100, "kv_len": kv_len}
+
+    def number(expr: object) -> object:
+        return eval(str(expr), {"T": SimpleNamespace(max=max, int64=int), **sizes})  # an expression of ours
+
+    tile = 64 * 16 * 2
+    for name, (start, *numbers) in zip(("k_cache", "v_cache"), calls, strict=True):
+        place = start.args[0]
+        assert str(place).startswith(f"{name}[")
+        assert [number(index) for index in place.indices] == [0, 0, first, 0, 0, 0]
+        assert [number(one) for one in numbers] == [tiles * tile, 2 * 3, 100 * tile]
