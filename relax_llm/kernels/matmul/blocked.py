@@ -28,7 +28,7 @@ def blocked(problem: Matmul, machine: Machine) -> PrimFunc:
         operands = Operands.declare(problem, machine, flat=True)
         parts = Parts(operands, blocking, PIECE)
         m, x, panels = operands.m, operands.x, operands.panels
-        tiles, blocks = cut(tiles_for(tile, m), most)
+        tiles, blocks = cut(m, tiles_for(tile, m), most)
         in_half = b.let("in_half", (blocks + 1) // 2)
         groups = blocking.groups(panels)
         widest = -(-panels // groups)

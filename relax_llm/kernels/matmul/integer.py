@@ -86,7 +86,7 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
             b.tasks((m + (_AT_ONCE - 1)) // _AT_ONCE, some_rows, serial_if=small, name="rows")
 
         parts = -(-groups // _PART)
-        tiles, blocks = cut(b.let("fewest", (m + (_ROWS - 1)) // _ROWS), _TILES)
+        tiles, blocks = cut(m, b.let("fewest", (m + (_ROWS - 1)) // _ROWS), _TILES)
 
         def task(index: Expr) -> None:
             block = b.let("block", index // operands.panels)

@@ -13,7 +13,7 @@ from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.matmul.multiply import STREAMS, multiply
 from relax_llm.kernels.matmul.problem import Matmul
 from relax_llm.kernels.matmul.reading import panel_words
-from relax_llm.kernels.matmul.shape import UNROLL, Blocking, Tile, layout_for, tile_for
+from relax_llm.kernels.matmul.shape import TOGETHER, UNROLL, Blocking, Tile, layout_for, tile_for
 from relax_llm.kernels.vectormath import ACTIVATIONS
 
 
@@ -220,8 +220,8 @@ def tiles_for(tile: Tile, m: Expr) -> Expr:
     return T.max((m + (full - 1)) // full, T.min(T.int64(2), (m + (alone - 1)) // alone))
 
 
-def cut(tiles: Expr, most: int) -> tuple[Expr, Expr]:
-    """Tiles and blocks of rows: one block of at most so many tiles, or an even number of both.
+def cut(m: Expr, tiles: Expr, most: int) -> tuple[Expr, Expr]:
+    """Tiles and blocks of rows: one block, up to `TOGETHER` rows and as many tiles as it may have, or an even number.
 
     Where tasks go through all of the first half of the blocks before the others, half of the cores, or the one of two,
     have just half of the rows, as in kernels of single rows. Their caches may be far apart: in a virtual machine of two
@@ -229,10 +229,11 @@ def cut(tiles: Expr, most: int) -> tuple[Expr, Expr]:
     has several third-level caches.
 
     Args:
+        m: Rows.
         tiles: So many there are at least.
         most: Tiles of a block.
     """
-    whole = tiles <= most
+    whole = T.And(m <= TOGETHER, tiles <= most)
     even = b.let("tiles", T.if_then_else(whole, tiles, T.truncdiv(tiles + 1, T.int64(2)) * 2))
     pairs = T.truncdiv(even + (2 * most - 1), T.int64(2 * most))
     return even, b.let("blocks", T.if_then_else(whole, T.int64(1), pairs * 2))

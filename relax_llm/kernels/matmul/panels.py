@@ -20,7 +20,7 @@ def by_panel(parts: Parts, x_at: Callable[[Expr, Expr], Expr]) -> None:
     """
     operands, blocking = parts.operands, parts.blocking
     tile, most, count, m = blocking.tile, blocking.tiles, blocking.parts, operands.m
-    tiles, blocks = cut(tiles_for(tile, m), most)
+    tiles, blocks = cut(m, tiles_for(tile, m), most)
 
     def task(index: Expr) -> None:
         block = b.let("block", index // operands.panels)

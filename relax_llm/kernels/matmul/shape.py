@@ -15,6 +15,9 @@ _WHOLE = 32  # steps that a part is a multiple of: groups of quantized weights s
 PIECE = _BLOCKED_STEPS + 16
 """Elements between rows of a piece of x: an odd number of cache lines, and one for all products of a library."""
 
+TOGETHER = 54
+"""Rows up to which all are one block, so that cores share out columns; from there on rows are in halves."""
+
 _TILES = 16  # at most in a block of rows
 _BLOCKED_TILES = 8  # so many that a piece of x takes a quarter of a second-level cache
 _FEWEST = 4  # in a block of rows: fewer would read the weight too often
@@ -82,12 +85,15 @@ class Blocking:
     def count(self, m: int) -> int:
         """Tiles that M rows are cut into, where M is known; see `operands.cut`."""
         fewest = max(-(-m // self.tile.rows), min(2, -(-m // self.tile.alone)))
-        return fewest if fewest <= self.tiles else fewest + fewest % 2
+        return fewest if self._together(m, fewest) else fewest + fewest % 2
 
     def blocks(self, m: int) -> int:
         """Blocks of M rows, where M is known."""
         tiles = self.count(m)
-        return 1 if tiles <= self.tiles else 2 * -(-tiles // (2 * self.tiles))
+        return 1 if self._together(m, tiles) else 2 * -(-tiles // (2 * self.tiles))
+
+    def _together(self, m: int, tiles: int) -> bool:
+        return m <= TOGETHER and tiles <= self.tiles
 
 
 def tiled_blocking(problem: Matmul, machine: Machine) -> Blocking:
