@@ -10,8 +10,10 @@ from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from relax_llm.artifact.kv_cache import TILE
+from relax_llm.formats import FORMATS, Blocks
 from relax_llm.kernels.attention import Attention
 from relax_llm.kernels.inner import INTERNAL
+from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul.problem import Matmul
 from relax_llm.kernels.problem import problem_of
 from relax_llm.kernels.threads import ANNOUNCE
@@ -19,7 +21,7 @@ from relax_llm.kernels.threads import ANNOUNCE
 _Span = tuple[Any, Any, Any, Any]  # address, bytes of a part, parts, bytes from one to the next
 
 
-def announcing(mod: IRModule) -> IRModule:
+def announcing(mod: IRModule, machine: Machine) -> IRModule:
     """The module, in which what the model launches calls `ANNOUNCE` first, with each span of memory that it reads.
 
     Products have their weight, and attention its keys and then its values, of each sequence and head a part.
@@ -28,10 +30,22 @@ def announcing(mod: IRModule) -> IRModule:
     for var, func in mod.functions_items():
         if not isinstance(func, PrimFunc) or INTERNAL in (func.attrs or {}):
             continue
-        calls = [tirx.Evaluate(tirx.call_extern("void", ANNOUNCE, *span)) for span in _spans(func)]
+        paced = T.int64(_paced(problem_of(func), machine))
+        calls = [tirx.Evaluate(tirx.call_extern("void", ANNOUNCE, *span, paced)) for span in _spans(func)]
         if calls:
             changed[var] = func.with_body(tirx.SeqStmt([*calls, func.body]))
     return changed
+
+
+def _paced(problem: object, machine: Machine) -> bool:
+    """Whether all lines are to come that were asked for: a kernel of one row leaves it to the core to read ahead.
+
+    Codes of less than a byte and caches are asked for by their kernels, line by line.
+    """
+    if machine.streams_into == 1 or not isinstance(problem, Matmul):
+        return False
+    format = FORMATS[problem.weight_format]
+    return not isinstance(format, Blocks) or format.code_bits == 8
 
 
 def _spans(func: PrimFunc) -> Sequence[_Span]:

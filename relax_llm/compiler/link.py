@@ -103,7 +103,7 @@ def _executable(mod: tvm.IRModule, machine: Machine, cache: bool) -> tuple[Any, 
     if machine.is_gpu:
         return relax.build(mod, machine.target, relax_pipeline=tvm.transform.Sequential([])), []
     if machine.architecture == cpu.architecture():
-        mod = announcing(mod)
+        mod = announcing(mod, machine)
     kernels = {var: func for var, func in mod.functions_items() if isinstance(func, PrimFunc)}
     more = instruments(machine)
     # A library that TVM links has code of TVM's own, too: what is always there is the rest's place.

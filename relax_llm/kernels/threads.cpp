@@ -42,7 +42,7 @@ constexpr int kMostThreads = 64;
 constexpr int kSpins = 2500;    // looks before a thread sleeps: some fifty microseconds, more than between most loops
 constexpr int kAwake = 4;       // times as many before it sleeps again when it was woken, and came too late
 constexpr int kWaits = 2500;    // looks before the caller sleeps until others are through
-constexpr int kSteps = 16;      // of asking ahead that the caller takes as a loop ends
+constexpr int kSteps = 4;       // of asking ahead that the caller takes as a loop ends
 constexpr int kMostInVain = 7;  // loops for which nobody is woken after one was, and came too late
 
 struct Group {  // TVMParallelGroupEnv
@@ -63,14 +63,6 @@ inline Ticks ticks() {
   return static_cast<Ticks>(__builtin_ia32_rdtsc());
 #else
   return std::chrono::steady_clock::now().time_since_epoch().count();
-#endif
-}
-
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
 #endif
 }
 
@@ -289,7 +281,7 @@ void Threads::wait() {  // for those who are at a task
   ahead_.ask(asked_, 0, count_, [this] { return !inside_.load(); });
   for (int i = 0; i < kWaits; i++) {
     if (!inside_.load()) return;
-    pause();
+    spin_pause();
   }
   std::unique_lock<std::mutex> lock(mutex_);
   waiting_.store(true);
@@ -309,7 +301,7 @@ void Threads::serve(int self) {
     int spins = 0;
     if (last) ahead_.ask(place, self, count_, opened);
     while (spins < patience && !opened()) {
-      pause();
+      spin_pause();
       spins++;
     }
     if (spins == patience) {
@@ -363,8 +355,8 @@ int launch(Loop loop, void *data, int) { return threads.launch(loop, data); }
 // What generated code calls: as a kernel begins that reads much, and the variable for its loops. That one is hidden: TVM's
 // loader does not find it, and leaves it as it is.
 extern "C" {
-__attribute__((visibility("hidden"))) void ANNOUNCE(const char *start, int64_t bytes, int64_t parts, int64_t apart) {
-  threads.begins({start, bytes, parts, apart});
+__attribute__((visibility("hidden"))) void ANNOUNCE(const char *start, int64_t bytes, int64_t parts, int64_t apart, int64_t paced) {
+  threads.begins({start, bytes, parts, apart, paced != 0});
 }
 
 extern __attribute__((visibility("hidden"))) int (*__TVMBackendParallelLaunch)(Loop, void *, int);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ import relax_llm as rl
 from relax_llm.compiler.ahead import announcing
 from relax_llm.kernels import threads
 from relax_llm.kernels.attention import Attention
+from relax_llm.kernels.machine import machine
+from relax_llm.kernels.matmul import Matmul
 from relax_llm.kernels.operators import operator_of
 
 from ..artifact.checkpoints import LLAMA, llama_shapes, tensors_for, write
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HEADER = threads.SOURCE.with_name("ahead.hpp")
+LEVEL_3 = machine("x86-64-v3")
 
 PROGRAM = r"""
 #include <stdlib.h>
@@ -94,6 +98,21 @@ int main() {
     ahead.begins({cache, bytes, 3, 4096});
   }
 
+  // Many layers, and caches of many conversations before them: what came after each is known.
+  const auto somewhere = [](uint64_t number) {  // as if by chance
+    number *= 0xbf58476d1ce4e5b9u;
+    return reinterpret_cast<const char *>((number ^ number >> 27) * 0x94d049bb133111ebu >> 20 << 6);
+  };
+  const int layers = 200;
+  for (int old = 0; old < 6000; old++) begins(somewhere(1000 + old), bytes);
+  for (int time = 0; time < 3; time++)
+    for (int layer = 0; layer < layers; layer++) begins(somewhere(1 + layer), bytes);
+  for (int layer = 0; layer < layers; layer++) {
+    begins(somewhere(1 + layer), bytes);
+    Ahead::Place known;
+    CHECK(steps(known, 0, 2, 1) == 1 && known.span.start == somewhere(1 + (layer + 1) % layers));
+  }
+
   // Nothing to read: no bytes in a part, or none for each thread.
   for (const int64_t size : {int64_t{0}, int64_t{1}}) {
     for (int time = 0; time < 2; time++) {
@@ -147,7 +166,7 @@ def test_attention_announces_what_it_sees_of_each_head(
 ) -> None:
     problem = Attention(9, 3, 64, 0.125, window=window, cache="bf16")
     kernel = operator_of(problem).definition(problem)
-    (func,) = announcing(tvm.IRModule({"attention": kernel})).functions.values()
+    (func,) = announcing(tvm.IRModule({"attention": kernel}), LEVEL_3).functions.values()
     calls = [statement.value.args[1:] for statement in func.body.seq[:2]]
     sizes = {"batch": 2, "seq": seq, "tiles": 100, "kv_len": kv_len}
 
@@ -159,4 +178,16 @@ def test_attention_announces_what_it_sees_of_each_head(
         place = start.args[0]
         assert str(place).startswith(f"{name}[")
         assert [number(index) for index in place.indices] == [0, 0, first, 0, 0, 0]
-        assert [number(one) for one in numbers] == [tiles * tile, 2 * 3, 100 * tile]
+        assert [number(one) for one in numbers] == [tiles * tile, 2 * 3, 100 * tile, 0]
+
+
+@pytest.mark.parametrize(
+    ("format", "paced"), [("f32", 1), ("bf16", 1), ("f16", 1), ("q8", 1), ("q6", 0), ("q4", 0), ("q4s", 0)]
+)
+def test_no_line_may_be_missing_where_a_core_reads_ahead_by_itself(format: str, paced: int) -> None:
+    problem = Matmul(64, 64, format)
+    kernel = operator_of(problem).definition(problem)
+    younger = replace(LEVEL_3, features=LEVEL_3.features | {"avx_vnni"})
+    for there, expected in ((LEVEL_3, paced), (younger, 0)):
+        (func,) = announcing(tvm.IRModule({"matmul": kernel}), there).functions.values()
+        assert int(func.body.seq[0].value.args[-1]) == expected
