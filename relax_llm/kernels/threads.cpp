@@ -38,6 +38,7 @@
 namespace {
 
 constexpr int kTasks = TASKS;
+static_assert(kTasks < 1 << 16, "a range of tasks is kept in two halves of a word");
 constexpr int kMostThreads = 64;
 constexpr int kSpins = 2500;    // looks before a thread sleeps: some fifty microseconds, more than between most loops
 constexpr int kAwake = 4;       // times as many before it sleeps again when it was woken, and came too late
@@ -232,23 +233,23 @@ class Threads {
   bool through(int missing) const;
 
   std::atomic<bool> busy_{false};
-  int count_ = 0;                   // of threads, the caller's among them; 0: not started
+  int count_ = 0;                     // of threads, the caller's among them; 0: not started
   Ticks alone_until_ = 0, late_ = 0;  // see kAlone; when the last long wait, and what it led to, ended
-  Ticks alone_for_ = kFirst;        // multiple of the next such wait
-  int skip_ = 0, in_vain_ = 0;      // loops for which nobody is woken, for the last was over before they came
+  Ticks alone_for_ = kFirst;          // multiple of the next such wait
+  int skip_ = 0, in_vain_ = 0;        // loops for which nobody is woken, for the last was over before they came
 
-  unsigned number_ = 0;             // of the loop
+  unsigned number_ = 0;               // of the loop
   std::atomic<int> failed_{0};
   Share shares_[kMostThreads];
-  Done done_[kMostThreads];         // not the caller's
+  Done done_[kMostThreads];           // not the caller's
   alignas(64) std::atomic<int> asleep_{0};
   std::atomic<bool> waiting_{false}, stopping_{false};
   std::mutex mutex_;
   std::condition_variable work_, all_;
-  Sleeper sleepers_[kMostThreads];  // under the mutex
+  Sleeper sleepers_[kMostThreads];    // under the mutex
   pthread_t threads_[kMostThreads] = {};
   Ahead ahead_;
-  Ahead::Place asked_;              // by the caller
+  Ahead::Place asked_;                // by the caller
 };
 
 alignas(Threads) unsigned char memory[sizeof(Threads)];
