@@ -16,6 +16,7 @@ from tvm.ir.transform import Pass as TVMPass
 from relax_llm.compiler.passes.check_once import CheckOnce
 from relax_llm.compiler.passes.combine_projections import CombineProjections
 from relax_llm.compiler.passes.fuse_matmul import FuseMatmul
+from relax_llm.compiler.passes.fuse_norm import FuseNorm
 from relax_llm.compiler.passes.hide_internal import HideInternal
 from relax_llm.compiler.passes.hoist_last_token import HoistLastToken
 from relax_llm.compiler.passes.legalize import Legalize
@@ -212,6 +213,7 @@ def pipeline() -> Pipeline:
             Standard(CombineProjections),  # q, k, v: one matmul
             Standard(FuseMatmul),  # bias, activation, gate * up and residual into matmuls
             Standard(Legalize, "machine"),  # norms and lookups have kernels of their own
+            Standard(FuseNorm, "planner"),  # norms into matmuls that pack their activations
             Standard(SelectKernels, "planner"),  # which kernel serves each matmul, over which layout
             Standard(ScreenHead, "planner"),  # of the head, a greedy choice reads what may be chosen
             Standard(LiftWeights),  # concatenation and packing of weights: done when the artifact is made

@@ -18,8 +18,8 @@ from relax_llm.runtime.state import State
 
 Array = npt.NDArray[Any]
 
-# Fields that say how, and not what is computed.
-_STORAGE = ("weight_format", "layout", "activations", "cache")
+# Fields that say how, and not what is computed; a product gives the same whether it or a launch before it normalizes.
+_STORAGE = ("weight_format", "layout", "activations", "norm", "cache")
 
 
 def pairs(subject: Manifest, other: Manifest, function: str) -> list[int | None]:

@@ -69,7 +69,12 @@ def factors(runner: Runner, function: str) -> list[Array | None]:
     launches = manifest.functions[function]
     if not known:
         return [None] * len(launches)
-    read = [next((known[name] for name in _parameters(launch) if name in known), None) for launch in launches]
+    read = [
+        None  # what its own norm makes is no launch's result
+        if manifest.kernels[launch.kernel].problem.get("norm")
+        else next((known[name] for name in _parameters(launch) if name in known), None)
+        for launch in launches
+    ]
     return [
         next((read[reader] for reader, position in those if position == 0), None)
         for those in readers(runner.program, function, launches, frozenset(manifest.kernels))

@@ -81,12 +81,16 @@ class Transformer:
         manifest = subject.artifact.manifest
         launches = manifest.functions[function]
         flow = readers(subject.program, function, launches, frozenset(manifest.kernels))
-        operators = [manifest.kernels[launch.kernel].operator for launch in launches]
+        kernels = [manifest.kernels[launch.kernel] for launch in launches]
+        operators = [kernel.operator for kernel in kernels]
 
         def read_by(at: int) -> Tensor | None:
             for reader, position in flow[at]:
                 if operators[reader] in ("norm", "matmul") and position == 0:
-                    modules = self._modules_of(launches[reader], operators[reader])
+                    launch, norm = launches[reader], kernels[reader].problem.get("norm")
+                    if norm:  # the product's own, whose vectors come last
+                        launch = replace(launch, arguments=launch.arguments[-2 - norm["bias"] :])
+                    modules = self._modules_of(launch, "norm" if norm else operators[reader])
                     return ("in", modules[0]) if modules else None
                 if operators[reader] == "last_token":
                     return read_by(reader)
@@ -95,12 +99,12 @@ class Transformer:
         made_by = {reader: at for at, those in enumerate(flow) for reader, position in those if position == 0}
         found: list[Counterpart | None] = []
         for at, launch in enumerate(launches):
-            operator, source = operators[at], made_by.get(at)
+            operator, source = kernels[at].operator, made_by.get(at)
             if operator == "last_token" and source is not None and operators[source] != "append":
                 whole = found[source]
                 found.append(whole and replace(whole, make=_joined_for(launch)))
                 continue
-            found.append(self._own(launch, operator, manifest.kernels[launch.kernel].problem))
+            found.append(self._own(launch, operator, kernels[at].problem))
             if found[-1] is None and operator != "append":
                 tensor = read_by(at)
                 if tensor is not None:

@@ -107,7 +107,7 @@ class _Logits(NamedTuple):
 
 def _floats(problem: Contenders, machine: Machine, x: Expr, words: Expr, rows: Expr) -> _Logits:
     product, layout = problem.product, problem.head
-    operands = Operands(product, machine, layout, rows, x, words, None, None, x)
+    operands = Operands(product, machine, layout, rows, x, words, None, None, (), x)
     parts = Parts(operands, tiled_blocking(product, machine), stride=problem.k)
 
     def write(row: Expr, panel: Expr, memory: Expr) -> None:
@@ -150,7 +150,9 @@ def _integers(problem: Contenders, machine: Machine, x: Expr, words: Expr, rows:
             T.int64(0),
         )
 
-    return _Logits(lambda row: encode_row(encode, (x, codes, beside), row, problem.k, planes), write)
+    return _Logits(
+        lambda row: encode_row(encode, (x, row), (codes, beside), row, rows, problem.k, planes), write
+    )
 
 
 def contenders(problem: Contenders, machine: Machine) -> PrimFunc:

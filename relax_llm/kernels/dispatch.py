@@ -11,8 +11,9 @@ from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.inner import INTERNAL, returning
 from relax_llm.kernels.layout import Layout
-from relax_llm.kernels.matmul.epilogue import is_separate, left_over
-from relax_llm.kernels.matmul.problem import Matmul
+from relax_llm.kernels.machine import Machine
+from relax_llm.kernels.matmul.problem import Matmul, norm_arguments
+from relax_llm.kernels.matmul.rest import around, is_separate, left_over
 from relax_llm.kernels.operators import Operand, operator_of
 from relax_llm.kernels.problem import Problem, tag
 from relax_llm.plan.plan import Range
@@ -40,7 +41,8 @@ class Branch:
         operands: What it takes.
         sizes: Names of the sizes it takes behind its operands.
         kernel: The kernel, internal; or the name of a global function that is called back, which may raise.
-        epilogue: What computes the rest, internal; None where the kernel computes all.
+        before: What computes what the kernel leaves of what is before it, internal; None where it leaves nothing.
+        behind: The same of what is behind it.
     """
 
     name: str
@@ -48,7 +50,8 @@ class Branch:
     operands: tuple[Operand, ...]
     sizes: tuple[str, ...]
     kernel: ir.GlobalVar | str
-    epilogue: ir.GlobalVar | None = None
+    before: ir.GlobalVar | None = None
+    behind: ir.GlobalVar | None = None
 
 
 def internal(
@@ -98,6 +101,19 @@ def internal(
     for key, attr in attrs.items():
         made = made.with_attr(key, attr)
     return var, made, tuple(names)
+
+
+def rests(problem: Problem, core: Problem, machine: Machine) -> list[tuple[ir.GlobalVar, PrimFunc] | None]:
+    """What is to be called before and behind a kernel that computes the core of a problem, as `internal` makes it.
+
+    None where there is nothing left.
+    """
+    if not isinstance(problem, Matmul) or not isinstance(core, Matmul):
+        return [None, None]
+    return [
+        None if left is None else internal(left.func, left.operands, left.name)[:2]
+        for left in around(problem, core, machine)
+    ]
 
 
 def dispatcher(
@@ -198,13 +214,17 @@ def _prologue(problem: Problem, layout: Layout | None) -> tuple[dict[str, Expr],
     def run(branch: Branch) -> None:
         tensors = dict(given)
         if isinstance(problem, Matmul) and isinstance(branch.core, Matmul):
+            if branch.before is not None:
+                tensors["x"] = T.alloc_buffer((known["M"], problem.k), "float32")
+                vectors = [given[name] for name in norm_arguments(problem)]
+                call(branch.before, [given["x"], *vectors, tensors["x"]], ("M",))
             if is_separate(problem, branch.core):
                 tensors["out"] = T.alloc_buffer((known["M"], problem.n), "float32")
             call(branch.kernel, [tensors[operand.name] for operand in branch.operands], branch.sizes)
-            if branch.epilogue is not None:
+            if branch.behind is not None:
                 rest = [given[name] for name in left_over(problem, branch.core)]
                 product = [tensors["out"]] if is_separate(problem, branch.core) else []
-                call(branch.epilogue, [*product, *rest, given["out"]], ("M",))
+                call(branch.behind, [*product, *rest, given["out"]], ("M",))
         else:
             call(branch.kernel, [tensors[operand.name] for operand in branch.operands], branch.sizes)
 

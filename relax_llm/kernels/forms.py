@@ -17,8 +17,8 @@ from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.layout import Layout, Plain
 from relax_llm.kernels.machine import Machine
-from relax_llm.kernels.matmul.epilogue import core
 from relax_llm.kernels.matmul.problem import Matmul
+from relax_llm.kernels.matmul.rest import core
 from relax_llm.kernels.matmul.tiled import layout_named
 from relax_llm.kernels.operators import Operand, operator_of
 from relax_llm.kernels.problem import Problem
@@ -34,7 +34,7 @@ class Realized:
 
     Attributes:
         kernel: Its record.
-        problem: What it computes: the problem asked for, less the epilogues that it does not absorb.
+        problem: What it computes: the problem asked for, less what it does not absorb.
         symbol: Its name in the library.
         func: The TIR function.
         operands: What it takes, in order.

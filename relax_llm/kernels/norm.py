@@ -1,14 +1,19 @@
 """Normalization over the hidden axis, one row of activations per task."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
+from tvm import ir, te, tirx
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from relax_llm.errors import KernelError
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
+from relax_llm.kernels.inner import inner, memory, number, pointer
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.problem import Problem, require_positive, tag
 
@@ -52,35 +57,124 @@ def norm(problem: Norm, machine: Machine) -> PrimFunc:
 
     def emit() -> None:
         batch, seq = b.size("batch"), b.size("seq")
-        x_arg = b.argument("x", (batch, seq, hidden))
-        weight = b.argument("weight", (hidden,))
-        bias = b.argument("bias", (hidden,)) if problem.bias else None
-        out_arg = b.argument("out", (batch, seq, hidden))
+        x = b.argument("x", (batch, seq, hidden))
+        vectors = [b.argument(name, (hidden,)) for name in ("weight", "bias")[: 1 + problem.bias]]
+        out = b.argument("out", (batch, seq, hidden))
         rows = batch * seq
-        x, out = b.view(x_arg, (rows, hidden)), b.view(out_arg, (rows, hidden))
-
-        def task(row: Expr) -> None:
-            if problem.centered:
-                total = b.row_sum(hidden, lambda at, n: b.load(x, row, at, lanes=n))
-                mean = b.let("mean", total / T.float32(hidden))
-
-            def centered(at: Expr, n: int) -> Expr:
-                value = b.load(x, row, at, lanes=n)
-                return value - b.splat(mean, n) if problem.centered else value
-
-            def squared(at: Expr, n: int) -> Expr:
-                value = b.let("value", centered(at, n))
-                return value * value
-
-            variance = b.row_sum(hidden, squared) / T.float32(hidden)
-            scale = b.let("scale", T.float32(1) / T.sqrt(variance + T.float32(problem.eps)))
-
-            def write(at: Expr, n: int) -> None:
-                value = centered(at, n) * b.splat(scale, n) * b.load(weight, at, lanes=n)
-                b.store(out, value if bias is None else value + b.load(bias, at, lanes=n), row, at, lanes=n)
-
-            b.sweep(hidden, write)
-
-        b.tasks(rows, task, serial_if=rows <= _SERIAL_ROWS, name="row")
+        normalize_rows(
+            problem, machine, rows, b.view(x, (rows, hidden)), vectors, b.view(out, (rows, hidden))
+        )
 
     return tag(b.prim_func(problem.name, emit), problem)
+
+
+def normalize_rows(
+    problem: Norm, machine: Machine, rows: Expr, x: Expr, vectors: Sequence[Expr], out: Expr
+) -> None:
+    """Emit the norm of all rows.
+
+    Args:
+        problem: The norm.
+        machine: What code is generated for.
+        rows: How many there are.
+        x: [rows, hidden].
+        vectors: The weight, and the bias where the norm has one.
+        out: [rows, hidden].
+    """
+    function, given = row_norm(problem, machine), addresses(vectors)
+
+    def task(row: Expr) -> None:
+        b.call(function, T.address_of(x[row, 0]), *given, T.address_of(out[row, 0]), rows)
+
+    b.tasks(rows, task, serial_if=rows <= _SERIAL_ROWS, name="row")
+
+
+def addresses(vectors: Sequence[Expr]) -> list[Expr]:
+    """Of the first elements."""
+    return [T.address_of(vector[0]) for vector in vectors]
+
+
+def row_norm(problem: Norm, machine: Machine) -> ir.GlobalVar:
+    """The function that normalizes a row.
+
+    ::
+
+        row_norm(x, weight, (bias), out, rows)
+
+    How many rows there are it does not use: LLVM does not know it, and keeps the function apart; see `inner.returning`.
+    """
+    hidden = problem.hidden
+
+    def emit() -> None:
+        x_at, weight_at = pointer("x"), pointer("weight")
+        bias_at = pointer("bias") if problem.bias else None
+        out_at = pointer("out")
+        number("rows")
+        x, weight, out = (memory(address, (hidden,)) for address in (x_at, weight_at, out_at))
+        bias = None if bias_at is None else memory(bias_at, (hidden,))
+        if problem.centered:
+            total = b.row_sum(hidden, lambda at, n: b.load(x, at, lanes=n))
+            mean = b.let("mean", total / T.float32(hidden))
+
+        def centered(at: Expr, n: int) -> Expr:
+            value = b.load(x, at, lanes=n)
+            return value - b.splat(mean, n) if problem.centered else value
+
+        def squared(at: Expr, n: int) -> Expr:
+            value = b.let("value", centered(at, n))
+            return value * value
+
+        variance = b.row_sum(hidden, squared) / T.float32(hidden)
+        scale = b.let("scale", T.float32(1) / T.sqrt(variance + T.float32(problem.eps)))
+
+        def write(at: Expr, n: int) -> None:
+            value = centered(at, n) * b.splat(scale, n) * b.load(weight, at, lanes=n)
+            b.store(out, value if bias is None else value + b.load(bias, at, lanes=n), at, lanes=n)
+
+        b.sweep(hidden, write)
+
+    return inner(f"row_{problem.name}", (machine,), emit)
+
+
+def normalized(problem: Norm, x: Expr, weight: Expr, bias: Expr | None = None) -> Expr:
+    """The norm in tensor expressions, as plain loops: x [..., hidden], weight and bias [hidden].
+
+    Its blocks are "mean" (where centered), "square" and "normalized".
+    """
+    *outer, hidden = x.shape
+    size = tirx.const(float(problem.hidden), "float32")
+    eps = tirx.const(problem.eps, "float32")
+    centered = x
+    if problem.centered:
+        i = te.reduce_axis((0, hidden), name="i")
+        mean = te.compute(outer, lambda *row: te.sum(_at(x, row, i), axis=i), name="mean")
+        centered = te.compute(x.shape, lambda *at: x[at] - mean[at[:-1]] / size, name="centered")
+    j = te.reduce_axis((0, hidden), name="j")
+    square = te.compute(
+        outer, lambda *row: te.sum(_at(centered, row, j) * _at(centered, row, j), axis=j), name="square"
+    )
+
+    def scaled(*at: Expr) -> Expr:
+        value = centered[at] / tirx.sqrt(square[at[:-1]] / size + eps) * weight[at[-1]]
+        return value if bias is None else value + bias[at[-1]]
+
+    return te.compute(x.shape, scaled, name="normalized")
+
+
+def _at(tensor: Expr, row: tuple[Expr, ...], column: Expr) -> Expr:
+    at = (*row, column)
+    return tensor[at]
+
+
+def norm_reference(
+    problem: Norm,
+    x: npt.NDArray[Any],
+    weight: npt.NDArray[Any],
+    bias: npt.NDArray[Any] | None = None,
+) -> npt.NDArray[np.float64]:
+    """The norm of rows [M, hidden] in float64."""
+    x = x.astype(np.float64)
+    if problem.centered:
+        x = x - x.mean(axis=1, keepdims=True)
+    right: npt.NDArray[np.float64] = x / np.sqrt((x * x).mean(axis=1, keepdims=True) + problem.eps) * weight
+    return right if bias is None else right + bias

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from tvm.tirx import PrimFunc
@@ -47,6 +47,8 @@ class Problem:
                 parts.append(f"{_SHORT.get(field.name, field.name)}{number}")
             elif isinstance(value, str):
                 parts.append(value)
+            elif isinstance(value, Problem):
+                parts.append(value.name)
             else:
                 parts.append(hashlib.blake2b(repr(value).encode(), digest_size=4).hexdigest())
         return "_".join(parts)
@@ -63,19 +65,33 @@ class Problem:
 
     def to_json(self) -> str:
         """This problem as one line of JSON, the operator first."""
-        return json.dumps({"operator": self.operator, **asdict(self)})
+        return json.dumps(_plain(self))
 
     @staticmethod
     def from_json(text: str) -> "Problem":
         """The problem that `to_json` wrote."""
-        values = json.loads(text)
-        kind = _OPERATORS[values.pop("operator")]
-        return kind(**{key: _frozen(value) for key, value in values.items()})
+        problem: Problem = _frozen(json.loads(text))
+        return problem
+
+
+def _plain(value: Any) -> Any:
+    """A problem, and one in it, as a dictionary."""
+    if not isinstance(value, Problem):
+        return value
+    return {
+        "operator": value.operator,
+        **{field.name: _plain(getattr(value, field.name)) for field in fields(value)},
+    }
 
 
 def _frozen(value: Any) -> Any:
-    """Lists, and lists in them, as tuples."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+    """Lists, and lists in them, as tuples; dictionaries as problems."""
+    if isinstance(value, list):
+        return tuple(map(_frozen, value))
+    if isinstance(value, dict):
+        given = {key: _frozen(part) for key, part in value.items()}
+        return _OPERATORS[given.pop("operator")](**given)
+    return value
 
 
 def require_positive(problem: Problem, *names: str) -> None:

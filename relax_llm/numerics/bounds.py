@@ -55,6 +55,8 @@ def share(operator: str, problem: Mapping[str, Any], kv_len: int, formats: tuple
 def _computing(operator: str, problem: Mapping[str, Any], kv_len: int) -> float:
     if operator == "matmul":
         rounded = _ACTIVATIONS.get(problem.get("activations") or "", 0.0)
+        if problem.get("norm"):
+            rounded += _computing("norm", problem["norm"], kv_len)
         return (2 * UNIT * _summed(problem["k"]) + rounded) * (_GATED if problem.get("gated") else 1.0)
     if operator == "norm":
         return 2 * UNIT * (_summed(problem["hidden"]) + 8)

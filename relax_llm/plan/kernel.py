@@ -75,7 +75,8 @@ class Kernel:
         sizes: What it is valid for.
         layout: How it wants the weight: "plain", [N, K] as in the checkpoint, "tiled" as the built-in kernels, or a
             layout of its own.
-        absorbs: Which epilogues it computes itself, of "bias", "activation", "gate", "residual"; others are added.
+        absorbs: What it computes itself, of "norm" before the product, and of "bias", "activation", "gate" and
+            "residual" behind it; the rest is added.
         sites: Patterns of the places it may serve.
         features: Instruction set extensions it needs, as /proc/cpuinfo spells them.
         weights: Weight formats it reads; for attention and append, formats of the caches.

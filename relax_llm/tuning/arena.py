@@ -159,8 +159,8 @@ def _digest(entrant: Entrant, machine: Machine) -> str:
 
 def _sources() -> str:
     """What wraps kernels when they are measured and when they run."""
-    from relax_llm.kernels import dispatch
-    from relax_llm.kernels.matmul import epilogue
+    from relax_llm.kernels import dispatch, norm
+    from relax_llm.kernels.matmul import rest
 
-    files = [Path(str(module.__file__)).read_bytes() for module in (dispatch, epilogue)]
+    files = [Path(str(module.__file__)).read_bytes() for module in (dispatch, norm, rest)]
     return hashlib.blake2b(b"".join(files)).hexdigest()

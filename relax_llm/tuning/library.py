@@ -11,12 +11,10 @@ from tvm.tirx import PrimFunc
 
 from relax_llm.errors import CompileError
 from relax_llm.kernels import threads
-from relax_llm.kernels.dispatch import Branch, dispatcher, internal
+from relax_llm.kernels.dispatch import Branch, dispatcher, internal, rests
 from relax_llm.kernels.forms import Realized
 from relax_llm.kernels.generate import generate
 from relax_llm.kernels.machine import Machine
-from relax_llm.kernels.matmul import Matmul
-from relax_llm.kernels.matmul.epilogue import epilogue, epilogue_operands
 from relax_llm.kernels.operators import operator_of
 from relax_llm.kernels.problem import Problem
 from relax_llm.plan.plan import Range
@@ -66,7 +64,7 @@ def link(entrants: Sequence[Entrant], machine: Machine, path: Path) -> None:
     module = _Module()
     objects: dict[str, bytes] = {}
     for entrant in entrants:
-        _add(module, entrant)
+        _add(module, entrant, machine)
         for index, data in enumerate(entrant.realized.objects):
             objects[f"{entrant.realized.symbol}_{index}"] = data
     fresh = path.with_name(f"{path.stem}.{os.getpid()}.{secrets.token_hex(4)}")
@@ -83,17 +81,15 @@ def link(entrants: Sequence[Entrant], machine: Machine, path: Path) -> None:
         fresh.rmdir()
 
 
-def _add(module: _Module, entrant: Entrant) -> None:
+def _add(module: _Module, entrant: Entrant, machine: Machine) -> None:
     """Add a function that the model could call, with this kernel alone behind it."""
     realized, problem = entrant.realized, entrant.problem
     var, func, sizes = internal(realized.func, realized.operands, realized.symbol)
     kernel = module.add(realized.symbol, func.without_attr("global_symbol"), var)
-    rest = None
-    if isinstance(problem, Matmul) and isinstance(realized.problem, Matmul) and realized.problem != problem:
-        name = f"epilogue_{problem.name}__{realized.problem.name}"
-        left = epilogue(problem, realized.problem, name)
-        var, func, _ = internal(left, epilogue_operands(problem, realized.problem), name)
-        rest = module.add(name, func.without_attr("global_symbol"), var)
-    branch = Branch(realized.kernel.name, realized.problem, realized.operands, sizes, kernel, rest)
+    rest = [
+        left and module.add(left[0].name_hint, left[1].without_attr("global_symbol"), left[0])
+        for left in rests(problem, realized.problem, machine)
+    ]
+    branch = Branch(realized.kernel.name, realized.problem, realized.operands, sizes, kernel, *rest)
     everything = Range(Box().within(operator_of(problem).axes), branch.name)
     module.add(entrant.symbol, dispatcher(problem, realized.layout, [branch], [everything], entrant.symbol))

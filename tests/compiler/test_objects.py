@@ -10,9 +10,9 @@ from tvm import ir
 from relax_llm.compiler import objects
 from relax_llm.kernels.inner import complete
 from relax_llm.kernels.library import build
+from relax_llm.kernels.lookup import Embedding
 from relax_llm.kernels.machine import Machine, machine
 from relax_llm.kernels.matmul.problem import Matmul
-from relax_llm.kernels.norm import Norm
 from tests.machines import PLAINER
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def test_inner_functions_are_parts_of_their_own() -> None:
     """Two products with the same K share what multiplies; the entry lies with what it calls."""
     first, second = Matmul(40, 32), Matmul(72, 32)
     divided = [
-        {var.name_hint for var in part} for part in objects.parts(functions(first, second, Norm(32, 1e-5)))
+        {var.name_hint for var in part} for part in objects.parts(functions(first, second, Embedding(32, 16)))
     ]
     alone = [part for part in divided if not part & {first.name, second.name}]
     shared = next(part for part in alone if any(name.endswith("__entry") for name in part))
@@ -55,7 +55,7 @@ def test_inner_functions_are_parts_of_their_own() -> None:
         own = next(part for part in divided if problem.name in part)
         assert own & shared
         assert not any(name.endswith("__entry") for name in own)
-    assert {Norm(32, 1e-5).name} in divided
+    assert {Embedding(32, 16).name} in divided
 
 
 def test_what_was_generated_is_used_again(cache: Path) -> None:
@@ -73,14 +73,14 @@ def test_what_was_generated_is_used_again(cache: Path) -> None:
 
 def test_code_depends_on_the_target(cache: Path) -> None:
     plain: Machine = machine("x86-64" if HERE.architecture == "x86_64" else None)
-    func = functions(Norm(32, 1e-5))
+    func = functions(Embedding(32, 16))
     first = objects.compiled(func, HERE, cache=True)
     other = objects.compiled(func, plain, cache=True)
     assert (other != first) == (plain != HERE)
 
 
 def test_without_the_cache_nothing_is_read_or_kept(cache: Path) -> None:
-    func = functions(Norm(32, 1e-5))
+    func = functions(Embedding(32, 16))
     expected = objects.compiled(func, HERE, cache=False)
     assert not cache.exists()
     objects.compiled(func, HERE, cache=True)
@@ -92,7 +92,7 @@ def test_without_the_cache_nothing_is_read_or_kept(cache: Path) -> None:
 
 @pytest.mark.parametrize("left", [0, 100])
 def test_what_is_broken_is_generated_anew(cache: Path, left: int) -> None:
-    func = functions(Norm(32, 1e-5))
+    func = functions(Embedding(32, 16))
     expected = objects.compiled(func, HERE, cache=True)
     (file,) = cache.iterdir()
     whole = file.stat().st_size
@@ -102,18 +102,18 @@ def test_what_is_broken_is_generated_anew(cache: Path, left: int) -> None:
 
 
 def test_what_was_used_longest_ago_goes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    objects.compiled(functions(Norm(32, 1e-5)), HERE, cache=True)
+    objects.compiled(functions(Embedding(32, 16)), HERE, cache=True)
     (first,) = cache.iterdir()
     monkeypatch.setattr(objects, "_MOST", 1.5 * first.stat().st_size)
-    objects.compiled(functions(Norm(33, 1e-5)), HERE, cache=True)
+    objects.compiled(functions(Embedding(33, 16)), HERE, cache=True)
     (second,) = cache.iterdir()
     assert second != first
     monkeypatch.setattr(objects, "_MOST", 0)
-    objects.compiled(functions(Norm(33, 1e-5)), HERE, cache=True)
+    objects.compiled(functions(Embedding(33, 16)), HERE, cache=True)
     assert not list(cache.iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(cache: Path) -> None:
     cache.parent.mkdir(parents=True)
     cache.write_text("a file")
-    assert objects.compiled(functions(Norm(32, 1e-5)), HERE, cache=True)
+    assert objects.compiled(functions(Embedding(32, 16)), HERE, cache=True)

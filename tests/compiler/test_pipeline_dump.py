@@ -91,9 +91,9 @@ def test_diffs_lead_from_each_module_to_the_next(dump: Path) -> None:
 @pytest.mark.skipif(shutil.which("patch") is None, reason="patch is not installed")
 def test_diffs_are_what_patch_reads(dump: Path, tmp_path: Path) -> None:
     copied = shutil.copyfile(dump / "04_Legalize.py", tmp_path / "module.py")
-    diff = dump / "05_SelectKernels.diff"
+    diff = dump / "06_SelectKernels.diff"
     subprocess.run(["patch", "-s", str(copied), str(diff)], check=True)
-    assert copied.read_text() == (dump / "05_SelectKernels.py").read_text()
+    assert copied.read_text() == (dump / "06_SelectKernels.py").read_text()
 
 
 class _Page(HTMLParser):

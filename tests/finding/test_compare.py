@@ -52,8 +52,11 @@ def test_at_another_size_nothing_is_wrong(planted: rl.Artifact) -> None:
 def test_channels_of_other_sizes_are_no_difference(tmp_path: Path) -> None:
     """Where weights have few bits channels are scaled; beside f32 and transformers each launch is what it should be."""
     checkpoint = uneven(write(tmp_path / "checkpoint", WIDE))
-    small, exact = (
-        rl.compile(checkpoint, weights=weights, kv_cache="f32", target=PLAINER) for weights in ("q8", "f32")
+    passes = rl.pipeline()
+    passes.remove("FuseNorm")  # so that a norm, whose channels are scaled, is seen
+    small, exact, fused = (
+        rl.compile(checkpoint, weights=weights, kv_cache="f32", target=PLAINER, pipeline=pipeline)
+        for weights, pipeline in (("q8", passes), ("f32", None), ("q8", None))
     )
     assert small.channels
     norm = "layers.0.post_attention_layernorm"
@@ -64,6 +67,9 @@ def test_channels_of_other_sizes_are_no_difference(tmp_path: Path) -> None:
     ):
         assert found.over == ()
         assert max(site.local.relative for site in found.sites if site.site == norm) < 1e-5
+    for found in (rl.compare(fused, exact, prompt=[1, 2, 3]), rl.compare(fused, small, prompt=[1, 2, 3])):
+        assert found.over == ()
+        assert norm not in {site.site for site in found.sites}
 
 
 def test_a_model_beside_itself(planted: rl.Artifact) -> None:

@@ -18,6 +18,7 @@ from relax_llm.kernels.matmul import Matmul, reference
 from relax_llm.kernels.matmul.family import matmul_kernels
 from relax_llm.kernels.matmul.integer import FEATURES
 from relax_llm.kernels.matmul.shape import layout_for
+from relax_llm.kernels.norm import Norm
 from relax_llm.plan.choosing import cover
 from relax_llm.plan.kernel import Declined
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(not cpu.features() >= FEATURES, reason="this processor has no VNNI")
 
+LAYER_NORM = Norm(1301, 1e-5, centered=True, bias=True)
 PLAIN = Matmul(70, 100, "q8", activations="int8")
 WAYS = [
     (PLAIN, "integer8"),
@@ -59,6 +61,9 @@ def _kernel(name: str) -> Kernel:
         (Matmul(37, 75, "q4s", residual=True, activations="int7"), "integer8"),
         (Matmul(33, 40, "q4", activations="int7"), "integer16"),
         (Matmul(70, 1300, "q6", residual=True, activations="int16"), "integer16"),
+        (Matmul(40, 64, "q8", bias=True, activations="int8", norm=Norm(64, 1e-5)), "integer8"),
+        (Matmul(38, 1301, "q4", gated=True, activations="int7", norm=LAYER_NORM), "integer8"),
+        (Matmul(21, 1301, "q8", residual=True, activations="int16", norm=LAYER_NORM), "integer16"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )

@@ -18,6 +18,7 @@ from relax_llm.kernels.machine import machine
 from relax_llm.kernels.matmul import Matmul, reference
 from relax_llm.kernels.matmul.family import matmul_kernels
 from relax_llm.kernels.matmul.shape import layout_for, pairs_blocking, tile_for
+from relax_llm.kernels.norm import Norm
 from relax_llm.plan.choosing import cover
 from relax_llm.plan.kernel import Declined
 
@@ -48,6 +49,8 @@ def _problem(n: int, k: int, **fused: Any) -> Matmul:
         _problem(70, 33, activation="silu", gated=True),
         _problem(40, 1300, bias=True, residual=True),
         _problem(21, 2561),
+        _problem(40, 64, bias=True, norm=Norm(64, 1e-5)),
+        _problem(21, 2561, residual=True, norm=Norm(2561, 1e-5, centered=True, bias=True)),
     ],
     ids=lambda problem: problem.name,
 )

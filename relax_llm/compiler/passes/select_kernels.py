@@ -9,8 +9,7 @@ from tvm import IRModule, ir, relax
 from relax_llm.compiler.bindings import Edit, Line, bind, is_launch, typed, used
 from relax_llm.compiler.planner import Choice, Planner
 from relax_llm.compiler.recipes import joined_name
-from relax_llm.formats import FORMATS, Blocks
-from relax_llm.kernels.dispatch import OPEN_SUFFIX, Branch, dispatcher, internal, open_dispatcher
+from relax_llm.kernels.dispatch import OPEN_SUFFIX, Branch, dispatcher, internal, open_dispatcher, rests
 from relax_llm.kernels.forms import Realized, sizes_of
 from relax_llm.kernels.gpu import launched
 from relax_llm.kernels.layout import Layout, Packed, Plain
@@ -18,7 +17,6 @@ from relax_llm.kernels.library import build
 from relax_llm.kernels.lookup import Embedding, LastToken
 from relax_llm.kernels.machine import Machine
 from relax_llm.kernels.matmul import Matmul
-from relax_llm.kernels.matmul.epilogue import epilogue, epilogue_operands
 from relax_llm.kernels.problem import Problem
 from relax_llm.layers.decoder import site_of_last_token, site_of_weight
 from relax_llm.plan.python_kernel import PREFIX
@@ -28,10 +26,6 @@ ENCODE = "relax_llm.encode."
 
 PACK = "relax_llm.pack."
 """Prefix of the functions that pack a weight; the layout follows."""
-
-
-_ROUNDED = {"bf16": "bf16"}
-"""What activations of products with floats may be rounded to."""
 
 
 @dataclass(frozen=True)
@@ -71,28 +65,26 @@ class SelectKernels:
         chosen: dict[relax.Var, tuple[Problem, Choice, Layout | None]] = {}
         shared: dict[str, tuple[Layout, str]] = {}
         for line in edit.lines:
-            for var, problem, call in _launches(line, problems):
+            for var, problem, call in launches(line, problems):
                 if isinstance(problem, Matmul):
                     weight = call.args[1][1]
-                    stored = self.planner.storage.format(_sources(line, weight), problem.n)
-                    rounded = self._rounded(stored, problem.n)
-                    problem = changed_copy(problem, weight_format=stored, activations=rounded)
+                    problem = self.planner.stored(problem, sources(line, weight))
                     choice = self.planner.choose(problem, site_of_operands(line, [weight], problem))
                     # A GPU's kernels mostly read the weight as it is, as an embedding may beside them.
                     as_is = self.planner.machine.is_gpu and isinstance(choice.layout, Plain)
                     layout = None if as_is else choice.layout
                     chosen[var] = problem, choice, layout
                     if weight in line.params and choice.layout:
-                        shared[weight.name] = choice.layout, stored
+                        shared[weight.name] = choice.layout, problem.weight_format
         for line in edit.lines:
-            for var, problem, call in _launches(line, problems):
+            for var, problem, call in launches(line, problems):
                 if not isinstance(problem, Matmul):
                     problem, layout = self._table(line, problem, call, shared)
                     choice = self.planner.choose(problem, site_of_operands(line, list(call.args[1]), problem))
                     chosen[var] = problem, choice, layout
         installed: dict[str, ir.GlobalVar] = {}
         for line in edit.lines:
-            for var, _, call in list(_launches(line, problems)):
+            for var, _, call in list(launches(line, problems)):
                 problem, choice, layout = chosen[var]
                 if choice.name not in installed:
                     installed[choice.name] = install(edit, self.planner.machine, problem, choice)
@@ -106,19 +98,6 @@ class SelectKernels:
                 line.insert(var, before)
                 line.rebind(var, replaced)
         return edit.module()
-
-    def _rounded(self, stored: str, outputs: int) -> str | None:
-        """What activations may be rounded to beside a weight of some format.
-
-        Those of a head, whose outputs are the vocabulary, to two bytes: of a prompt it reads the last token alone, and
-        what it misses is missed by a logit.
-        """
-        format = FORMATS[stored]
-        if isinstance(format, Blocks):
-            if outputs == self.planner.storage.vocab_size:
-                return "int16"
-            return "int7" if format.code_bits == 4 else "int8"
-        return _ROUNDED.get(stored)
 
     def _table(
         self, line: Line, problem: Problem, call: relax.Call, shared: Mapping[str, tuple[Layout, str]]
@@ -148,18 +127,9 @@ def install(edit: Edit, machine: Machine, problem: Problem, choice: Choice) -> i
     branches = []
     for realized in choice.realized.values():
         kernel, sizes = _callee(edit, realized)
-        rest = None
-        if (
-            isinstance(problem, Matmul)
-            and isinstance(realized.problem, Matmul)
-            and realized.problem != problem
-        ):
-            name = f"epilogue_{problem.name}__{realized.problem.name}"
-            left = epilogue(problem, realized.problem, name)
-            var, func, _ = internal(left, epilogue_operands(problem, realized.problem), name)
-            rest = edit.called(var, func)
+        rest = [left and edit.called(*left) for left in rests(problem, realized.problem, machine)]
         branches.append(
-            Branch(realized.kernel.name, realized.problem, realized.operands, sizes, kernel, rest)
+            Branch(realized.kernel.name, realized.problem, realized.operands, sizes, kernel, *rest)
         )
     edit.kernel(
         choice.name + OPEN_SUFFIX, partial(open_dispatcher, problem, choice.layout, branches, choice.name)
@@ -193,13 +163,13 @@ def site_of_operands(line: Line, operands: list[relax.Expr], problem: Problem) -
 
 def _named(line: Line, operands: Iterable[relax.Expr]) -> str:
     for operand in operands:
-        names = _sources(line, operand)
+        names = sources(line, operand)
         if names:
             return site_of_weight(joined_name(names))
     return ""
 
 
-def _sources(line: Line, operand: relax.Expr) -> list[str]:
+def sources(line: Line, operand: relax.Expr) -> list[str]:
     """The weights or caches that an operand is made from, without a launch in between."""
     stored = line.params[2:]
 
@@ -214,9 +184,10 @@ def _sources(line: Line, operand: relax.Expr) -> list[str]:
     return sources(operand) if isinstance(operand, relax.Var) else []
 
 
-def _launches(
+def launches(
     line: Line, problems: Mapping[ir.GlobalVar, Problem | None]
 ) -> Iterator[tuple[relax.Var, Problem, relax.Call]]:
+    """The launches of kernels whose problem is known: the variable, the problem and the call."""
     for var, expr in line:
         if is_launch(expr):
             problem = problems.get(expr.args[0])

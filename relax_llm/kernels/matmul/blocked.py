@@ -27,7 +27,7 @@ def blocked(problem: Matmul, machine: Machine) -> PrimFunc:
     def emit() -> None:
         operands = Operands.declare(problem, machine, flat=True)
         parts = Parts(operands, blocking, PIECE)
-        m, x, panels = operands.m, operands.x, operands.panels
+        m, x, panels = operands.m, operands.normalized(), operands.panels
         tiles, blocks = cut(m, tiles_for(tile, m), most)
         in_half = b.let("in_half", (blocks + 1) // 2)
         groups = blocking.groups(panels)

@@ -18,7 +18,7 @@ from relax_llm.plan.kernel import Kernel
 from relax_llm.plan.sizes import Box
 
 _PACKED = frozenset(FORMATS)
-_ALL = frozenset({"bias", "activation", "gate", "residual"})
+_ALL = frozenset({"norm", "bias", "activation", "gate", "residual"})
 _MANY_ROWS = (
     9  # from which on activations of one byte pay; with fewer, reading the weight is most of the time
 )

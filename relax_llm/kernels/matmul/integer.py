@@ -42,9 +42,10 @@ _PRODUCTS = 200e9  # multiply-adds a second of a core
 def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
     """The product over groups of integers of one or two bytes for activations, as coarse as the problem allows.
 
-    First x [M, K] is quantized, for all tasks: `quantize`. Then each task has a panel of the weight and some rows.
-    Every group is summed in integers, exactly; the sums of groups are multiplied by the two scales and added in f32, in
-    ascending order, so that a row's result depends neither on the rows beside it nor on how the work was cut.
+    First x [M, K] goes through the norm, where there is one, and is quantized, for all tasks: `quantize`. Then each
+    task has a panel of the weight and some rows. Every group is summed in integers, exactly; the sums of groups are
+    multiplied by the two scales and added in f32, in ascending order, so that a row's result depends neither on the
+    rows beside it nor on how the work was cut.
 
     Raises:
         Declined: The problem does not allow to round its activations so.
@@ -60,7 +61,7 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
         operands = Operands.declare(problem, machine, flat=True)
         layout = operands.layout
         assert isinstance(layout, TiledGroups)
-        m, x, cols = operands.m, operands.x, operands.tile.cols
+        m, cols = operands.m, operands.tile.cols
         groups, rest = layout.blocks.groups(k), k % GROUP
         width, group_words = planes * GROUP, layout.group_bytes // 4
         codes = b.view(T.alloc_buffer((m * groups * width,), "int8"), (m, groups * width), "int8")
@@ -70,18 +71,18 @@ def integer(problem: Matmul, machine: Machine, *, planes: int) -> PrimFunc:
         def some_rows(index: Expr) -> None:
             """Quantize rows without a rest, whose groups follow each other."""
             row = b.let("row", index * _AT_ONCE)
-            count = b.let("count", T.min(m - row, T.int64(_AT_ONCE)) * groups)
-            places = (T.address_of(matrix[row, 0]) for matrix in (x, codes, beside))
-            b.call(encode, *places, count)
+            count = b.let("count", T.min(m - row, T.int64(_AT_ONCE)))
+            x, first = operands.some_normalized(row, count, _AT_ONCE)
+            places = [T.address_of(matrix[row, 0]) for matrix in (codes, beside)]
+            b.call(encode, T.address_of(x[first, 0]), *places, count * groups, m)
+
+        def with_rest(row: Expr) -> None:
+            x, first = operands.some_normalized(row, T.int64(1), 1)
+            encode_row(encode, (x, first), (codes, beside), row, m, k, planes)
 
         small = m * k <= _SERIAL
         if rest:
-            b.tasks(
-                m,
-                lambda row: encode_row(encode, (x, codes, beside), row, k, planes),
-                serial_if=small,
-                name="row",
-            )
+            b.tasks(m, with_rest, serial_if=small, name="row")
         else:
             b.tasks((m + (_AT_ONCE - 1)) // _AT_ONCE, some_rows, serial_if=small, name="rows")
 

@@ -11,9 +11,10 @@ from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.layout import Packed
 from relax_llm.kernels.machine import LANES, Machine
 from relax_llm.kernels.matmul.multiply import STREAMS, multiply
-from relax_llm.kernels.matmul.problem import Matmul
+from relax_llm.kernels.matmul.problem import Matmul, norm_arguments
 from relax_llm.kernels.matmul.reading import panel_words
 from relax_llm.kernels.matmul.shape import TOGETHER, UNROLL, Blocking, Tile, layout_for, tile_for
+from relax_llm.kernels.norm import addresses, normalize_rows, row_norm
 from relax_llm.kernels.vectormath import ACTIVATIONS
 
 
@@ -26,10 +27,11 @@ class Operands:
         machine: What code is generated for.
         layout: Of the weight.
         m: Rows.
-        x: [M, K].
+        x: [M, K], before the norm.
         weight: The packed weight as elements of four bytes, one panel after the other.
         bias: [N], or None.
         residual: [M, outputs], or None.
+        norm: What the norm takes, each [K]; empty where there is none.
         out: [M, outputs].
     """
 
@@ -41,6 +43,7 @@ class Operands:
     weight: Expr
     bias: Expr | None
     residual: Expr | None
+    norm: tuple[Expr, ...]
     out: Expr
 
     @staticmethod
@@ -52,6 +55,7 @@ class Operands:
         weight = b.argument("weight", layout.shape(problem.n, problem.k), layout.dtype)
         bias = b.argument("bias", (problem.n,)) if problem.bias else None
         residual = b.argument("residual", (*outer, problem.outputs)) if problem.residual else None
+        norm = tuple(b.argument(name, (problem.k,)) for name in norm_arguments(problem))
         out = b.argument("out", (*outer, problem.outputs))
         m = math.prod(outer[1:], start=outer[0])
         matrix = lambda tensor: b.view(tensor, (m, problem.outputs))  # noqa: E731
@@ -65,8 +69,30 @@ class Operands:
             b.view(weight, (words,)),
             bias,
             None if residual is None else matrix(residual),
+            norm,
             matrix(out),
         )
+
+    def normalized(self) -> Expr:
+        """Emit the norm of all rows, where there is one: [M, K]."""
+        norm, k = self.problem.norm, self.problem.k
+        if norm is None:
+            return self.x
+        rows = b.view(T.alloc_buffer((self.m * k,), "float32"), (self.m, k))
+        normalize_rows(norm, self.machine, self.m, self.x, self.norm, rows)
+        return rows
+
+    def some_normalized(self, first: Expr, count: Expr, most: int) -> tuple[Expr, Expr]:
+        """Emit the norm of some rows, at most as many as are said, in a task: a matrix, and where they begin in it."""
+        norm, k = self.problem.norm, self.problem.k
+        if norm is None:
+            return self.x, first
+        rows = b.scratch((most, k))
+        function, given = row_norm(norm, self.machine), addresses(self.norm)
+        with T.serial(count) as row:
+            places = (T.address_of(self.x[first + row, 0]), *given, T.address_of(rows[row, 0]))
+            b.call(function, *places, self.m)
+        return rows, T.int64(0)
 
     @property
     def tile(self) -> Tile:

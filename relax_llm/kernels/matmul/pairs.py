@@ -26,9 +26,10 @@ _FAR = 1 << 20
 def pairs(problem: Matmul, machine: Machine) -> PrimFunc:
     """The product over a packed weight in bf16 and activations rounded to bf16, x [M, K].
 
-    First x is rounded, for all tasks, into memory where rows lie an odd number of cache lines apart; an odd K is filled
-    up with 0. Then each task has a panel of the weight and a block of rows, as in `tiled`. Every output is summed over
-    pairs along k in ascending order, so that a row's result does not depend on the rows beside it.
+    First x goes through the norm, where there is one, and is rounded, for all tasks, into memory where rows lie an odd
+    number of cache lines apart; an odd K is filled up with 0. Then each task has a panel of the weight and a block of
+    rows, as in `tiled`. Every output is summed over pairs along k in ascending order, so that a row's result does not
+    depend on the rows beside it.
 
     Raises:
         Declined: The problem does not allow to round its activations.
@@ -52,25 +53,26 @@ def pairs(problem: Matmul, machine: Machine) -> PrimFunc:
 
 def _round_all(operands: Operands, blocking: Blocking, rounded: Expr) -> None:
     """Emit the rounding of x to [parts, M, PIECE]."""
-    m, k, x = operands.m, operands.problem.k, operands.x
+    m, k = operands.m, operands.problem.k
     encode, rest = round_pairs(operands.machine), k % _AT_ONCE
     full = k - rest  # what is left over follows it, within the last part
     wide = 2 * blocking.steps
 
     def task(row: Expr) -> None:
+        x, at_row = operands.some_normalized(row, T.int64(1), 1)
         for part in range(blocking.parts):
             count = (min(full, (part + 1) * wide) - part * wide) // _AT_ONCE
             if count > 0:
                 there = T.address_of(rounded[part, row, 0])
-                b.call(encode, T.address_of(x[row, part * wide]), there, T.int64(count))
+                b.call(encode, T.address_of(x[at_row, part * wide]), there, T.int64(count), m)
         if rest:
             last = b.local((_AT_ONCE,))
             for at, lanes in b.chunks(_AT_ONCE):
                 b.store(last, b.splat(0.0), at, lanes=lanes)
             with T.serial(rest) as at:
-                b.put(last, x[row, full + at], at)
+                b.put(last, x[at_row, full + at], at)
             there = T.address_of(rounded[full // wide, row, full % wide // 2])
-            b.call(encode, T.address_of(last[0]), there, T.int64(1))
+            b.call(encode, T.address_of(last[0]), there, T.int64(1), m)
 
     b.tasks(m, task, serial_if=m * k <= _SERIAL, name="row")
 
@@ -80,11 +82,15 @@ def round_pairs(machine: Machine) -> ir.GlobalVar:
 
     ::
 
-        round_pairs(x, rounded, count)
+        round_pairs(x, rounded, count, rows)
+
+    How many rows there are in all it does not use: LLVM does not know it, and keeps the function apart; see
+    `inner.returning`.
     """
 
     def emit() -> None:
         x_at, rounded_at, count = pointer("x"), pointer("rounded", "int32"), number("count")
+        number("rows")
         x, rounded = memory(x_at, (_FAR,)), memory(rounded_at, (_FAR,), "int32")
         with imported(), T.serial(count) as i:
             low, high = (b.load(x, i * _AT_ONCE + start) for start in (0, LANES))
@@ -99,7 +105,7 @@ def pairs_cost(
     """Seconds of a launch: those of `tiled` over half as many steps, and rounding."""
 
     def cost(problem: Matmul, sizes: Mapping[str, int]) -> float:
-        halved = replace(problem, k=-(-problem.k // 2), weight_format="f32")
+        halved = replace(problem, k=-(-problem.k // 2), weight_format="f32", norm=None)
         return of_floats(halved, sizes) + sizes["M"] * problem.k / 20e9
 
     return cost

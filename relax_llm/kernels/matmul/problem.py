@@ -1,4 +1,4 @@
-"""Matrix product with its epilogue: out = residual + act(x @ weight.T + bias), or act(gate) * up.
+"""Matrix product with what is fused into it: out = residual + act(norm(x) @ weight.T + bias), or act(gate) * up.
 
 x is [batch, seq, K]; a launch sees M = batch * seq rows. The weight is [N, K] in its format; a gated product uses its
 first half as gate and the second as up.
@@ -20,12 +20,13 @@ from relax_llm.formats.activations import ROUNDINGS
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.elements import element
 from relax_llm.kernels.layout import Plain
+from relax_llm.kernels.norm import Norm, norm_reference, normalized
 from relax_llm.kernels.problem import Problem, require_positive, tag
 
 
 @dataclass(frozen=True)
 class Matmul(Problem):
-    """A matrix product and what is fused behind it.
+    """A matrix product and what is fused before and behind it.
 
     Attributes:
         n: Rows of the weight matrix; gated products have n / 2 outputs.
@@ -37,6 +38,7 @@ class Matmul(Problem):
         residual: Add a tensor of the output's shape at the end.
         activations: "int8": x may be rounded to a 127th of the largest magnitude of each group of 32 along K; "int7":
             to twice that; "int16": to a 256th of it; "bf16": to bf16; None: it is to be taken as it is.
+        norm: What each row of x goes through first; None: nothing.
     """
 
     operator: ClassVar[str] = "matmul"
@@ -48,6 +50,7 @@ class Matmul(Problem):
     gated: bool = False
     residual: bool = False
     activations: str | None = None
+    norm: Norm | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, "n", "k")
@@ -58,6 +61,8 @@ class Matmul(Problem):
         if self.activations not in (None, "bf16", *ROUNDINGS):
             known = ", ".join(map(repr, ROUNDINGS))
             raise KernelError(f"Activations are None, {known} or 'bf16', not {self.activations!r}.")
+        if self.norm is not None and self.norm.hidden != self.k:
+            raise KernelError(f"A norm of {self.norm.hidden} elements does not fit a product of {self.k}.")
         if self.gated and self.n % 2:
             raise KernelError(f"A gated product needs an even number of rows of its weight, not {self.n}.")
         if self.activation is not None and self.activation not in IN_NUMPY:
@@ -72,18 +77,28 @@ class Matmul(Problem):
 
     @property
     def flops(self) -> str:
-        return f"{2 * self.n * self.k}*batch*seq"
+        product = f"{2 * self.n * self.k}*batch*seq"
+        return product if self.norm is None else f"{product} + {self.norm.flops}"
 
     @property
     def bytes(self) -> str:
         weights = FORMATS[self.weight_format].nbytes(self.n, self.k) + 4 * self.n * self.bias
+        if self.norm is not None:
+            weights += 4 * self.k * (1 + self.norm.bias)
         return f"{weights} + {4 * (self.k + self.outputs * (1 + self.residual))}*batch*seq"
 
 
 def arguments(problem: Matmul) -> list[str]:
     """Names of the tensors a matmul kernel takes, in order, the output last."""
     optional = [name for name in ("bias", "residual") if getattr(problem, name)]
-    return ["x", "weight", *optional, "out"]
+    return ["x", "weight", *optional, *norm_arguments(problem), "out"]
+
+
+def norm_arguments(problem: Matmul) -> list[str]:
+    """Names of the vectors that the norm takes, in order."""
+    if problem.norm is None:
+        return []
+    return ["norm_weight", "norm_bias"] if problem.norm.bias else ["norm_weight"]
 
 
 def definition(problem: Matmul, *, flat: bool = False) -> PrimFunc:
@@ -103,10 +118,12 @@ def definition(problem: Matmul, *, flat: bool = False) -> PrimFunc:
     x = te.placeholder((*outer, problem.k), name="x")
     plain = Plain(problem.weight_format)
     weight = te.placeholder(plain.shape(problem.n, problem.k), plain.dtype, name="weight")
+    vectors = [te.placeholder((problem.k,), name=name) for name in norm_arguments(problem)]
+    rows = x if problem.norm is None else normalized(problem.norm, x, *vectors)
     k = te.reduce_axis((0, problem.k), name="k")
     product = te.compute(
         (*outer, problem.n),
-        lambda *at: te.sum(x[_ending(at, k)] * element(plain, weight, at[-1], k), axis=k),
+        lambda *at: te.sum(rows[_ending(at, k)] * element(plain, weight, at[-1], k), axis=k),
         name="matmul",
     )
     inputs, out = [x, weight], product
@@ -130,7 +147,7 @@ def definition(problem: Matmul, *, flat: bool = False) -> PrimFunc:
         inputs.append(residual)
         summed = out
         out = te.compute(summed.shape, lambda *at: summed[at] + residual[at], name="summed")
-    func = te.create_prim_func([*inputs, out])
+    func = te.create_prim_func([*inputs, *vectors, out])
     return tag(func.with_attr("global_symbol", f"loops_{problem.name}"), problem)
 
 
@@ -139,14 +156,17 @@ def reference(problem: Matmul, inputs: Mapping[str, npt.NDArray[Any]]) -> npt.ND
 
     Args:
         problem: What to compute.
-        inputs: "x" [M, K], "weight" [N, K] as floats, and where the problem has them "bias" [N] and "residual"
-            [M, outputs].
+        inputs: "x" [M, K], "weight" [N, K] as floats, and where the problem has them "bias" [N], "residual"
+            [M, outputs], and "norm_weight" and "norm_bias" [K].
 
     Returns:
         [M, outputs].
     """
     values = {name: value.astype(np.float64) for name, value in inputs.items()}
-    product = values["x"] @ values["weight"].T
+    x = values["x"]
+    if problem.norm is not None:
+        x = norm_reference(problem.norm, x, *(values[name] for name in norm_arguments(problem)))
+    product = x @ values["weight"].T
     if problem.bias:
         product = product + values["bias"]
     gate = product[:, : problem.outputs]

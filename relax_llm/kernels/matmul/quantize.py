@@ -35,13 +35,14 @@ def quantize(format: Blocks, rounding: Rounding, machine: Machine) -> ir.GlobalV
 
     ::
 
-        quantize(x, codes, beside, groups)
+        quantize(x, codes, beside, groups, rows)
 
     `x` is the address of f32 [groups, 32]; `codes` that of int8 [groups, planes, 32], where a code is 256 times the
     first plane plus the second, if there are two; `beside` that of f32 [groups, 2]: the scale and, where the format has
     minimums, the scale times the sum of the codes. Where it has none it is the sum of the codes times that of zero,
     negative, as an int32: what a sum of products of unsigned codes begins with. A group with a number that is not
-    finite has a scale that is not.
+    finite has a scale that is not. The number of `rows` in all it does not use: LLVM does not know it, and keeps the
+    function apart; see `inner.returning`.
 
     Where scales are powers of two, the first is 1.5 * 2**23 times the scale instead, and where the format has no
     minimums the second begins with the bits of this: `biased`. A group with a number of more than 127 * 2**104 counts
@@ -52,6 +53,7 @@ def quantize(format: Blocks, rounding: Rounding, machine: Machine) -> ir.GlobalV
     def emit() -> None:
         x_at, codes_at, beside_at = pointer("x"), pointer("codes", "int8"), pointer("beside")
         groups = number("groups")
+        number("rows")
         x, codes, beside = (
             memory(x_at, (_FAR,)),
             memory(codes_at, (_FAR,), "int8"),
@@ -115,32 +117,44 @@ def quantize(format: Blocks, rounding: Rounding, machine: Machine) -> ir.GlobalV
     return inner(f"quantize_{rounding.name}_for_{format.name}", (machine,), emit)
 
 
-def encode_row(encode: ir.GlobalVar, matrices: Sequence[Expr], row: Expr, k: int, planes: int) -> None:
+def encode_row(
+    encode: ir.GlobalVar,
+    given: tuple[Expr, Expr],
+    made: Sequence[Expr],
+    row: Expr,
+    rows: Expr,
+    k: int,
+    planes: int,
+) -> None:
     """Emit the quantization of a row, the last group of which may have a rest.
 
     Args:
         encode: From `quantize`.
-        matrices: x [M, K], codes int8 [M, groups * planes * 32] and what lies beside them f32 [M, groups * 2].
-        row: Which one.
+        given: A matrix [..., K], and which row of it.
+        made: Codes int8 [M, groups * planes * 32], and what lies beside them f32 [M, groups * 2].
+        row: Which row of these.
+        rows: How many these have.
         k: Its elements.
         planes: Bytes of a code.
     """
-    x, codes, beside = matrices
+    (x, at_row), (codes, beside) = given, made
     full = k // GROUP
     if full:
-        b.call(encode, *(T.address_of(matrix[row, 0]) for matrix in matrices), T.int64(full))
+        places = [T.address_of(matrix[row, 0]) for matrix in (codes, beside)]
+        b.call(encode, T.address_of(x[at_row, 0]), *places, T.int64(full), rows)
     if k % GROUP:
         last = b.local((GROUP,))
         for at, lanes in b.chunks(GROUP):
             b.store(last, b.splat(0.0), at, lanes=lanes)
         with T.serial(k % GROUP) as at:
-            b.put(last, x[row, full * GROUP + at], at)
+            b.put(last, x[at_row, full * GROUP + at], at)
         b.call(
             encode,
             T.address_of(last[0]),
             T.address_of(codes[row, full * planes * GROUP]),
             T.address_of(beside[row, full * BESIDE]),
             T.int64(1),
+            rows,
         )
 
 

@@ -39,7 +39,7 @@ def tiled(problem: Matmul, machine: Machine, *, flat: bool = False) -> PrimFunc:
     def emit() -> None:
         operands = Operands.declare(problem, machine, flat=flat)
         parts = Parts(operands, blocking, stride=problem.k)
-        x, steps = operands.x, blocking.steps
+        x, steps = operands.normalized(), blocking.steps
         by_panel(parts, lambda part, first: T.address_of(x[first, part * steps]))
 
     return tag(b.prim_func(problem.name, emit), problem)

@@ -12,7 +12,9 @@ from relax_llm.formats import FORMATS, Blocks, Format
 from relax_llm.formats.activations import GROUP, ROUNDINGS
 from relax_llm.formats.blocks import Parts
 from relax_llm.kernels.layout import Layout, Plain
-from relax_llm.kernels.matmul.problem import Matmul, arguments, definition, reference
+from relax_llm.kernels.matmul.problem import Matmul, arguments, definition, norm_arguments, reference
+from relax_llm.kernels.norm import Norm
+from relax_llm.kernels.operators.norm import NORM
 from relax_llm.kernels.operators.operator import (
     UNIT,
     Array,
@@ -32,13 +34,14 @@ _SLOPE = {"silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13, "relu": 1.0}
 
 
 def operands(problem: Matmul, layout: Layout | None) -> tuple[Operand, ...]:
-    """(x [M, K], weight, (bias [N]), (residual [M, outputs]), out [M, outputs])."""
+    """(x [M, K], weight, (bias [N]), (residual [M, outputs]), (norm_weight [K]), (norm_bias [K]), out [M, outputs])."""
     layout = layout or Plain(problem.weight_format)
     known = {
         "x": Operand("x", ("M", problem.k)),
         "weight": Operand("weight", layout.shape(problem.n, problem.k), layout.dtype, "weight"),
         "bias": Operand("bias", (problem.n,), role="weight"),
         "residual": Operand("residual", ("M", problem.outputs)),
+        **{name: Operand(name, (problem.k,), role="weight") for name in norm_arguments(problem)},
         "out": Operand("out", ("M", problem.outputs), role="output"),
     }
     return tuple(known[name] for name in arguments(problem))
@@ -55,6 +58,7 @@ def _shapes(problem: Matmul, rows: int) -> Iterator[tuple[str, tuple[int, ...]]]
         "weight": (problem.n, problem.k),
         "bias": (problem.n,),
         "residual": (rows, problem.outputs),
+        **dict.fromkeys(norm_arguments(problem), (problem.k,)),
     }
     return ((name, shapes[name]) for name in arguments(problem) if name != "out")
 
@@ -71,7 +75,7 @@ def _integers(problem: Matmul, rows: int, rng: np.random.Generator) -> dict[str,
     """Integers other than 0, the weight, bias and residual times a power of two: every sum of them is exact.
 
     No sum reaches 2**24: products stay below 2**23, and bias and residual below 2**22 each. Where activations may be
-    rounded, each group has a 127, so that they are integers then, too.
+    rounded, each group has a 127, so that they are integers then, too. Behind a norm nothing is exact.
     """
     largest = min(_LARGEST, math.isqrt(2**23 // problem.k))
     typical = largest * (largest + 1) / 3 * math.sqrt(problem.k)
@@ -82,6 +86,7 @@ def _integers(problem: Matmul, rows: int, rng: np.random.Generator) -> dict[str,
         return np.where(rng.integers(0, 2, shape, np.int8), magnitude, -magnitude)
 
     limits = {"x": largest, "weight": largest, "bias": 2**shift, "residual": 2**shift}
+    limits |= dict.fromkeys(norm_arguments(problem), 2**shift)
     made = {name: draw(shape, limits[name]) for name, shape in _shapes(problem, rows)}
     if problem.activations in ROUNDINGS:
         made["x"][:, ::GROUP] = np.copysign(127, made["x"][:, ::GROUP])
@@ -109,13 +114,21 @@ def _encoded_exactly(format: Format, weight: Array, unit: np.float16) -> Array:
 
 
 def expected(problem: Matmul, sizes: Sizes, values: Mapping[str, Array], exact: bool) -> dict[str, Expected]:
-    """The right result and its bound, some columns at a time, so that a float64 copy of the weight stays small."""
+    """The right result and its bound, some columns at a time, so that a float64 copy of the weight stays small.
+
+    A product behind a norm is one of what the norm should give, which is missed by as much as a norm may miss it.
+    """
     rows = rows_of(sizes)
     values = {
         name: array.reshape(rows, -1) if name in ("x", "residual") else array
         for name, array in values.items()
     }
     values["weight"] = FORMATS[problem.weight_format].decode(values["weight"], problem.k)
+    if problem.norm is not None:
+        x = {name.removeprefix("norm_"): values.pop(name) for name in ("x", *norm_arguments(problem))}
+        normed = NORM.expected(problem.norm, sizes, x, False)["out"]
+        values |= {"x": normed.right, "missed": normed.bound}
+        problem, exact = replace(problem, norm=None), False
     right, bound = np.empty((rows, problem.outputs)), np.empty((rows, problem.outputs))
     step = max(1, _AT_ONCE // problem.k)
     for start in range(0, problem.outputs, step):
@@ -140,7 +153,8 @@ def bounded(problem: Matmul, values: Mapping[str, Array], *, exact: bool) -> tup
 
     Args:
         problem: What to compute.
-        values: "x" [M, K], "weight" [N, K], and where the problem has them "bias" [N] and "residual" [M, outputs].
+        values: "x" [M, K], "weight" [N, K], and where the problem has them "bias" [N] and "residual" [M, outputs];
+            "missed" [M, K], where a kernel's x may be that far off.
         exact: Whether sums of the inputs are exact in float32.
 
     Returns:
@@ -157,9 +171,11 @@ def bounded(problem: Matmul, values: Mapping[str, Array], *, exact: bool) -> tup
         error = np.zeros_like(total)
     else:
         error = roundings * u * reference(linear, {name: np.abs(array) for name, array in outer.items()})
-    if problem.activations and not exact:
-        step = _half_steps(problem, values["x"])
-        error = error + 1.001 * step @ np.abs(values["weight"].astype(np.float64)).T
+    if not exact and (problem.activations or "missed" in values):
+        missed = np.asarray(values.get("missed", 0.0))
+        if problem.activations:
+            missed = missed + 1.001 * _half_steps(problem, np.abs(values["x"]) + missed)
+        error = error + missed @ np.abs(values["weight"].astype(np.float64)).T
     half = problem.outputs
     value, bound = total[:, :half], error[:, :half]
     if problem.activation:
@@ -240,6 +256,9 @@ MATMUL = Operator(
         Matmul(33, 40, "q4s", residual=True, activations="int7"),
         Matmul(33, 40, "q4s", bias=True, activations="int8"),
         Matmul(33, 40, "q6", bias=True, activations="int16"),
+        Matmul(33, 40, "bf16", activations="bf16", norm=Norm(40, 1e-5)),
+        Matmul(38, 64, "q8", activation="silu", gated=True, activations="int8", norm=Norm(64, 1e-5)),
+        Matmul(33, 65, "q4", bias=True, activations="int7", norm=Norm(65, 1e-6, centered=True, bias=True)),
     ),
     benchmarks=(
         *(Matmul(n, k) for n, k in ((960, 576), (576, 576), (576, 1536), (49152, 576))),
@@ -257,6 +276,7 @@ MATMUL = Operator(
         Mistake({"n": 5, "k": 4, "gated": True}, "even"),
         Mistake({"n": 4, "k": 4, "activation": "sinc"}, "sinc"),
         Mistake({"n": 4, "k": 4, "activations": "int4"}, "int4"),
+        Mistake({"n": 4, "k": 4, "norm": Norm(5, 1e-5)}, "does not fit"),
     ),
     by_rows=True,
     exact=True,

@@ -1,13 +1,14 @@
 """The record of norms over the hidden axis."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from tvm import te, tirx
 from tvm.tirx import PrimFunc
 
 from relax_llm.kernels.layout import Layout
-from relax_llm.kernels.norm import Norm
+from relax_llm.kernels.norm import Norm, norm_reference, normalized
 from relax_llm.kernels.operators.operator import (
     UNIT,
     Array,
@@ -35,27 +36,12 @@ def operands(problem: Norm, layout: Layout | None) -> tuple[Operand, ...]:
 
 def definition(problem: Norm) -> PrimFunc:
     """Plain loops: blocks "mean" (where centered), "square" and "normalized"."""
-    rows, hidden = tirx.Var("M", "int64"), problem.hidden
-    x = te.placeholder((rows, hidden), name="x")
-    weight = te.placeholder((hidden,), name="weight")
-    bias = te.placeholder((hidden,), name="bias")
-    size = tirx.const(float(hidden), "float32")
-    centered = x
-    if problem.centered:
-        i = te.reduce_axis((0, hidden), name="i")
-        mean = te.compute((rows,), lambda r: te.sum(x[r, i], axis=i), name="mean")
-        centered = te.compute((rows, hidden), lambda r, c: x[r, c] - mean[r] / size, name="centered")
-    j = te.reduce_axis((0, hidden), name="j")
-    square = te.compute((rows,), lambda r: te.sum(centered[r, j] * centered[r, j], axis=j), name="square")
-    eps = tirx.const(problem.eps, "float32")
-
-    def normalized(r: tirx.Var, c: tirx.Var) -> tirx.Expr:
-        value = centered[r, c] / tirx.sqrt(square[r] / size + eps) * weight[c]
-        return value + bias[c] if problem.bias else value
-
-    out = te.compute((rows, hidden), normalized, name="normalized")
-    given = [x, weight, bias] if problem.bias else [x, weight]
-    func = te.create_prim_func([*given, out]).with_attr("global_symbol", f"loops_{problem.name}")
+    x = te.placeholder((tirx.Var("M", "int64"), problem.hidden), name="x")
+    vectors = [
+        te.placeholder((problem.hidden,), name=name) for name in ("weight", "bias")[: 1 + problem.bias]
+    ]
+    out = normalized(problem, x, *vectors)
+    func = te.create_prim_func([x, *vectors, out]).with_attr("global_symbol", f"loops_{problem.name}")
     return tag(func, problem)
 
 
@@ -79,7 +65,9 @@ def expected(problem: Norm, sizes: Sizes, values: Mapping[str, Array], exact: bo
     mean is missed by, against the standard deviation; their root halves that, and some roundings follow.
     """
     x = values["x"].astype(np.float64).reshape(rows_of(sizes), problem.hidden)
-    weight = values["weight"].astype(np.float64)
+    vectors = [values[name].astype(np.float64) for name in ("weight", "bias")[: 1 + problem.bias]]
+    weight = vectors[0]
+    right = norm_reference(replace(problem, bias=False), x, weight)
     missed = np.zeros((len(x), 1))
     if problem.centered:
         missed = summed(problem.hidden) * UNIT * np.abs(x).mean(axis=1, keepdims=True)
@@ -88,12 +76,11 @@ def expected(problem: Norm, sizes: Sizes, values: Mapping[str, Array], exact: bo
     else:
         magnitude = np.abs(x)
     deviation = np.sqrt((x * x).mean(axis=1, keepdims=True) + problem.eps)
-    right = x / deviation * weight
     relative = summed(problem.hidden) * UNIT + missed / deviation
     bound = np.abs(right) * (relative + 8 * UNIT) + (missed + UNIT * magnitude) / deviation * np.abs(weight)
     if problem.bias:
-        right = right + values["bias"].astype(np.float64)
-        bound = bound + UNIT * (np.abs(right) + np.abs(values["bias"]))
+        right = right + vectors[1]
+        bound = bound + UNIT * (np.abs(right) + np.abs(vectors[1]))
     return {"out": Expected(right, bound)}
 
 

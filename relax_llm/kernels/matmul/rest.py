@@ -1,13 +1,15 @@
-"""What a matmul kernel may leave to a function behind it: bias, activation, gate and residual."""
+"""What a matmul kernel may leave to others: a norm before it; bias, activation, gate and residual behind it."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm.tirx import PrimFunc
 
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
-from relax_llm.kernels.matmul.problem import Matmul
+from relax_llm.kernels.machine import Machine
+from relax_llm.kernels.matmul.problem import Matmul, norm_arguments
+from relax_llm.kernels.norm import Norm, normalize_rows
 from relax_llm.kernels.operators.operator import Operand
 from relax_llm.kernels.vectormath import ACTIVATIONS
 from relax_llm.plan.kernel import Kernel
@@ -18,8 +20,12 @@ _FIELDS = {"bias": "bias", "activation": "activation", "gate": "gated", "residua
 
 
 def core(problem: Matmul, kernel: Kernel) -> Matmul:
-    """What a kernel computes of a problem: the product, and the epilogues up to the first it does not absorb."""
+    """What a kernel computes of a problem: the product, and the epilogues up to the first it does not absorb.
+
+    And the norm, where it absorbs that.
+    """
     keep: dict[str, Any] = {"bias": False, "activation": None, "gated": False, "residual": False}
+    keep["norm"] = problem.norm if "norm" in kernel.absorbs else None
     for epilogue, field in _FIELDS.items():
         if not getattr(problem, field):
             continue
@@ -29,6 +35,57 @@ def core(problem: Matmul, kernel: Kernel) -> Matmul:
     if problem.gated and keep["activation"] and not keep["gated"]:
         keep["activation"] = None  # the activation is the gate's alone
     return replace(problem, **keep)
+
+
+@dataclass(frozen=True)
+class Rest:
+    """A function around a kernel.
+
+    Attributes:
+        name: Its symbol.
+        func: The TIR function.
+        operands: What it takes, in order.
+    """
+
+    name: str
+    func: PrimFunc
+    operands: tuple[Operand, ...]
+
+
+def around(problem: Matmul, part: Matmul, machine: Machine) -> tuple[Rest | None, Rest | None]:
+    """What computes, before and behind a kernel, what it leaves of a problem; None where that is nothing.
+
+    Args:
+        problem: What is to be computed.
+        part: What the kernel computes: see `core`.
+        machine: What code is generated for.
+    """
+    before = behind = None
+    if problem.norm != part.norm:
+        assert problem.norm is not None
+        name, vectors = f"prologue_{problem.norm.name}", norm_arguments(problem)
+        operands = (
+            Operand("x", ("M", problem.k)),
+            *(Operand(vector, (problem.k,), role="weight") for vector in vectors),
+            Operand("normalized", ("M", problem.k), role="output"),
+        )
+        before = Rest(name, prologue(problem.norm, machine, name), operands)
+    if replace(problem, norm=part.norm) != part:
+        name = f"epilogue_{problem.name}__{part.name}"
+        behind = Rest(name, epilogue(problem, part, name), epilogue_operands(problem, part))
+    return before, behind
+
+
+def prologue(problem: Norm, machine: Machine, name: str) -> PrimFunc:
+    """The norm that a kernel leaves: x [M, K], norm_weight [K], (norm_bias [K]), normalized [M, K]."""
+
+    def emit() -> None:
+        rows, k = b.size("M"), problem.hidden
+        x = b.argument("x", (rows, k))
+        vectors = [b.argument(n, (k,)) for n in ("norm_weight", "norm_bias")[: 1 + problem.bias]]
+        normalize_rows(problem, machine, rows, x, vectors, b.argument("normalized", (rows, k)))
+
+    return b.prim_func(name, emit)
 
 
 def left_over(problem: Matmul, part: Matmul) -> list[str]:
