@@ -5,8 +5,8 @@ python -m benchmarks.launches [CHECKPOINT] [--weights f32 bf16 q8 q4] [--prompts
 
 Formats take turns in one process, and before and behind each turn the limits are measured. Of products the share of the
 limit is printed, of attention how many times as long it takes as reading its cache: medians over the rounds. The cores
-of a virtual machine may be moved meanwhile: turns are told apart by whether these were near each other, which a loop
-shows in which there is nothing to do, and those in which that changed are left out.
+of a virtual machine may be moved meanwhile: turns are told apart by whether these were near each other, which shows in
+what a loop over them costs, and those in which that changed are left out.
 """
 
 import argparse
@@ -25,9 +25,7 @@ from relax_llm.tracing.trace import TracedLaunch
 
 _TOKENS = 6  # of a turn that are traced
 _WARM = 3  # tokens, or prompts, before what is traced: for caches and threads
-_FAR = (
-    0.7e-6  # seconds of an empty loop over two cores: 0.4 us where they share a cache, 1 us where they do not
-)
+_FAR = 0.7e-6  # seconds that a loop over two cores costs: 0.4 us where they share a cache, 1 us where they do not
 
 Launches: TypeAlias = Sequence[TracedLaunch]
 

@@ -102,7 +102,7 @@ def _show(names: list[str], found: list["Speeds"]) -> None:
         tables.show(speeds.beside(found[0]))
         for rounds in places if len(places) > 1 else []:
             loop = median(speeds.rounds[number].loop for number in rounds)
-            caption(f"In the {len(rounds)} rounds with a loop over all threads in {loop * 1e6:.2f} us")
+            caption(f"In the {len(rounds)} rounds in which a loop over all threads cost {loop * 1e6:.2f} us")
             tables.show(speeds.beside(found[0], rounds))
 
 

@@ -16,7 +16,7 @@ from relax_llm.kernels import builder as b
 from relax_llm.kernels.intrinsics import BF16, INT8, dot_bf16, dot_int8, imported
 from relax_llm.kernels.machine import LANES, Machine
 
-CLOCK, READ, LOOPS = "relax_llm_clock", "relax_llm_read", "relax_llm_loops"
+CLOCK, READ, LOOPS = "relax_llm_clock", "relax_llm_read", "relax_llm_chains"
 MULTIPLY_ADD, MULTIPLY_BF16, MULTIPLY_INT8 = (
     f"relax_llm_multiply_add{suffix}" for suffix in ("", "_bf16", "_int8")
 )
@@ -169,21 +169,30 @@ def read(machine: Machine) -> PrimFunc:
 
 
 def loops() -> PrimFunc:
-    """Begin and end loops over all threads, in which there is nothing to do.
+    """Loops over all threads, or on one, in which each task multiplies and adds for a while, in a chain.
 
     ::
 
-        relax_llm_loops(count, out: f32 [tasks, LANES])
+        relax_llm_chains(count, steps, alone, out: f32 [tasks, LANES])
 
-    The first element of each row becomes the number of the last loop.
+    `count` loops, on one thread where `alone` is not 0; each task does `steps` multiply-adds that wait for each other.
+    The first element of each row becomes 1 - 2**-steps plus the number of the last loop.
     """
 
     def emit() -> None:
         tasks = b.size("tasks")
-        count = b.scalar("count")
+        count, steps, alone = b.scalar("count"), b.scalar("steps"), b.scalar("alone")
         out = b.argument("out", (tasks, LANES))
         with T.serial(count) as number:
-            b.tasks(tasks, lambda task: b.put(out, T.cast(number, "float32"), task, 0))
+
+            def work(task: b.Expr) -> None:
+                chain = b.local((1,))
+                b.put(chain, T.float32(0), 0)
+                with T.serial(steps):
+                    b.put(chain, chain[0] * T.float32(0.5) + T.float32(0.5), 0)
+                b.put(out, chain[0] + T.cast(number, "float32"), task, 0)
+
+            b.tasks(tasks, work, serial_if=alone != 0)
 
     return b.prim_func(LOOPS, emit)
 

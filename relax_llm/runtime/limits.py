@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from relax_llm.places import cache_directory
 from relax_llm.runtime import vm
 from relax_llm.tracing.limits import Limits
 
-MULTIPLY_ADD, READ, LOOPS = "relax_llm_multiply_add", "relax_llm_read", "relax_llm_loops"
+MULTIPLY_ADD, READ, LOOPS = "relax_llm_multiply_add", "relax_llm_read", "relax_llm_chains"
 MULTIPLY_BF16, MULTIPLY_INT8 = "relax_llm_multiply_add_bf16", "relax_llm_multiply_add_int8"
 
 _LANES = 16
@@ -25,7 +26,9 @@ _ALIGNMENT = 64  # bytes, which generated code counts on
 _MEMORY = 2**28  # bytes; more than the caches that a few cores have for themselves
 _LINE_OF_SUMS = 8 * _LANES
 _COUNT = 10**5  # multiply-adds of a first try
-_LOOPS = 2000  # some milliseconds
+_LOOPS = 1000  # some milliseconds
+_TASKS = 32  # of each thread in a loop: as many as it takes in small parts
+_STEPS = 64  # multiply-adds of a task in a chain, so that a thread's share takes some three microseconds
 _SECONDS = 0.02  # of one repetition: long enough for the threads to find cores of their own
 _REPEATS = 5
 
@@ -67,9 +70,18 @@ def measure(machine: vm.VirtualMachine, threads: int) -> Limits:
     memory = _filled((threads, elements), np.float32(1))
     block, out = vm.tensor(memory), vm.tensor(_filled((threads, _LANES), np.float32(0)))
     seconds = _fastest(lambda: read(block, out))
+    return Limits(flops, memory.nbytes / seconds, bf16, int8, _loop(machine, threads))
+
+
+def _loop(machine: vm.VirtualMachine, threads: int) -> float:
+    """Seconds that a loop over all threads takes longer than each has to do: what it costs to begin and to end.
+
+    The threads must have something to do for that: of an empty loop the first one has done all before another begins.
+    """
     loops = machine.kernel(LOOPS)
-    loop = _fastest(lambda: loops(_LOOPS, out)) / _LOOPS
-    return Limits(flops, memory.nbytes / seconds, bf16, int8, loop)
+    rows = vm.tensor(_filled((_TASKS * threads, _LANES), np.float32(0)))
+    shared, alone = (_fastest(partial(loops, _LOOPS, _STEPS, alone, rows)) / _LOOPS for alone in (0, 1))
+    return max(0.0, shared - alone / threads)
 
 
 def _operations(

@@ -17,8 +17,8 @@ class Limits:
         bytes: Bytes read from memory in a second.
         bf16: Operations in a second of the instructions for products of bf16; 0 where there are none.
         int8: Of those for products of bytes, likewise.
-        loop: Seconds from the begin to the end of a loop over all threads in which there is nothing to do, which says
-            how far apart their cores are; 0 where that is not known.
+        loop: Seconds that a loop over all threads takes beside what there is to do in it, which says how far apart
+            their cores are; 0 where that is not known.
     """
 
     flops: float

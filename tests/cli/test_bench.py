@@ -85,8 +85,8 @@ def test_rounds_are_told_apart_by_where_cores_were(
     done = call("bench", artifact, "--beside", artifact, "--lengths", "3", "-n", 0, "--rounds", 4)
     assert done.code == 0
     *_, near, far = done.out.strip().split("\n\n")
-    assert near.splitlines()[0] == "In the 2 rounds with a loop over all threads in 0.55 us"
-    assert far.splitlines()[0] == "In the 2 rounds with a loop over all threads in 1.05 us"
+    assert near.splitlines()[0] == "In the 2 rounds in which a loop over all threads cost 0.55 us"
+    assert far.splitlines()[0] == "In the 2 rounds in which a loop over all threads cost 1.05 us"
 
 
 @pytest.mark.parametrize(

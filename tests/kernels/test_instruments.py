@@ -63,8 +63,9 @@ def test_quads_of_bytes(library: Callable[[str], Any]) -> None:
 
 
 def test_loops_are_counted(library: Callable[[str], Any]) -> None:
-    (out,) = launch_function(library(LOOPS), LOOPS, COUNT, Out((TASKS, LANES)))
-    assert (out[:, 0] == COUNT - 1).all()
+    for alone in (0, 1):
+        (out,) = launch_function(library(LOOPS), LOOPS, COUNT, STEPS, alone, Out((TASKS, LANES)))
+        assert (out[:, 0] == COUNT - 1 + 1 - 0.5**STEPS).all()
 
 
 def test_everything_is_read(library: Callable[[str], Any]) -> None:

@@ -52,7 +52,7 @@ def test_measured(llama: rl.Runner, file: Path, monkeypatch: pytest.MonkeyPatch)
     found = llama.limits()
     assert 1e8 < found.flops < 1e14, "between a microcontroller and a data center"
     assert 1e8 < found.bytes < 1e13
-    assert 1e-8 < found.loop < 1e-2
+    assert 0 <= found.loop < 1e-2, "0 for one thread alone"
     assert found.bf16 == found.int8 == 0 or not PLAINER, "the library has no instructions for these"
     assert [Limits(**one) for one in json.loads(file.read_text()).values()] == [found]
 
