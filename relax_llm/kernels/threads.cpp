@@ -121,39 +121,74 @@ int wanted_threads() {
 
 struct Tasks {
   int first, end;  // alike where there are none
+
+  int count() const { return end - first; }
+  Tasks quarter() const { return {first, first + (count() + 3) / 4}; }
 };
 
-// The tasks of a thread: it takes them from the front, and others from the back. So what others take is the same in every
-// loop, as long as all threads are as fast, and rows of a model's tensors stay in the caches of one core. To take some the
-// thread waits until all that it has written is in its cache: it takes a quarter of what is left, and others one.
+// The tasks of a thread in a loop, and the loop, on one cache line: all that the thread looks at to begin. It takes tasks
+// from the front, and others from the back. So what others take is the same in every loop, as long as all threads are as
+// fast, and rows of a model's tensors stay in the caches of one core. To take some the thread waits until all that it has
+// written is in its cache: it takes a quarter of what is left, and others one.
 class alignas(64) Share {
  public:
-  void begin(int first, int end) { range_.store(range(first, end), std::memory_order_relaxed); }
-
-  Tasks front() {
-    return take([](Tasks left) { return Tasks{left.first, left.first + (left.end - left.first + 3) / 4}; });
+  void begin(unsigned number, Loop loop, void *data, Tasks tasks) {
+    loop_.store(loop, std::memory_order_relaxed);
+    data_.store(data, std::memory_order_relaxed);
+    range_.store(range(number, tasks), std::memory_order_release);
   }
 
-  Tasks back() {
-    return take([](Tasks left) { return Tasks{left.end - 1, left.end}; });
+  // The number of the loop. What else is here is that loop's only if tasks of it can be taken afterwards: it goes on
+  // until they are done, and nothing is written here before.
+  unsigned number() const { return static_cast<unsigned>(range_.load(std::memory_order_acquire) >> 32); }
+  Loop loop() const { return loop_.load(std::memory_order_relaxed); }
+  void *data() const { return data_.load(std::memory_order_relaxed); }
+
+  Tasks front(unsigned number) {
+    return take(number, [](Tasks left) { return left.quarter(); });
+  }
+
+  Tasks back(unsigned number) {
+    return take(number, [](Tasks left) { return Tasks{left.end - 1, left.end}; });
   }
 
  private:
-  static uint64_t range(int first, int end) { return static_cast<uint64_t>(end) << 32 | static_cast<uint32_t>(first); }
+  static uint64_t range(unsigned number, Tasks tasks) {
+    return static_cast<uint64_t>(number) << 32 | static_cast<uint64_t>(tasks.end) << 16 | static_cast<uint64_t>(tasks.first);
+  }
 
   template <typename Some>
-  Tasks take(Some some) {
+  Tasks take(unsigned number, Some some) {
     uint64_t seen = range_.load(std::memory_order_relaxed);
     for (;;) {
-      const Tasks left = {static_cast<int>(seen), static_cast<int>(seen >> 32)};
-      if (left.first >= left.end) return {0, 0};
+      const Tasks left = {static_cast<int>(seen & 0xffff), static_cast<int>(seen >> 16 & 0xffff)};
+      if (seen >> 32 != number || left.first == left.end) return {0, 0};
       const Tasks taken = some(left);
-      const uint64_t rest = taken.first == left.first ? range(taken.end, left.end) : range(left.first, taken.first);
-      if (range_.compare_exchange_weak(seen, rest, std::memory_order_relaxed)) return taken;
+      const Tasks rest = taken.first == left.first ? Tasks{taken.end, left.end} : Tasks{left.first, taken.first};
+      if (range_.compare_exchange_weak(seen, range(number, rest), std::memory_order_acq_rel, std::memory_order_relaxed))
+        return taken;
     }
   }
 
   std::atomic<uint64_t> range_{0};
+  std::atomic<Loop> loop_{nullptr};
+  std::atomic<void *> data_{nullptr};
+};
+
+// How many tasks of a loop a thread has done, which only it writes.
+class alignas(64) Done {
+ public:
+  void store(unsigned number, int tasks) {
+    done_.store(static_cast<uint64_t>(number) << 32 | static_cast<unsigned>(tasks), std::memory_order_release);
+  }
+
+  int of(unsigned number) const {
+    const uint64_t done = done_.load(std::memory_order_acquire);
+    return done >> 32 == number ? static_cast<int>(done) : 0;
+  }
+
+ private:
+  std::atomic<uint64_t> done_{0};
 };
 
 class Threads {
@@ -191,60 +226,55 @@ class Threads {
 
   void start();
   int shared(Loop loop, void *data, Ticks began);
-  bool work(int self);
-  void wait();
+  int run(Loop loop, void *data, Tasks tasks);
+  int work(int self, Loop loop, void *data, unsigned number, int done);
+  void wait(int missing);
+  bool through(int missing) const;
 
   std::atomic<bool> busy_{false};
-  int count_ = 0;                             // of threads, the caller's among them; 0: not started
-  Ticks alone_until_ = 0, late_ = 0;          // see kAlone; when the last long wait, and what it led to, ended
-  Ticks alone_for_ = kFirst;                  // multiple of the next such wait
-  int skip_ = 0, in_vain_ = 0;                // loops for which nobody is woken, for the last was over before they came
+  int count_ = 0;                   // of threads, the caller's among them; 0: not started
+  Ticks alone_until_ = 0, late_ = 0;  // see kAlone; when the last long wait, and what it led to, ended
+  Ticks alone_for_ = kFirst;        // multiple of the next such wait
+  int skip_ = 0, in_vain_ = 0;      // loops for which nobody is woken, for the last was over before they came
 
-  unsigned number_ = 0;                       // of the loop
-  Loop loop_ = nullptr;
-  void *data_ = nullptr;
-  Share shares_[kMostThreads];
+  unsigned number_ = 0;             // of the loop
   std::atomic<int> failed_{0};
-  std::atomic<bool> helped_{false};           // another thread has had a task
-  alignas(64) std::atomic<unsigned> open_{0};  // the number of the loop that threads may enter; 0: none
-  alignas(64) std::atomic<int> inside_{0};     // threads that have entered, or look whether they may
+  Share shares_[kMostThreads];
+  Done done_[kMostThreads];         // not the caller's
   alignas(64) std::atomic<int> asleep_{0};
   std::atomic<bool> waiting_{false}, stopping_{false};
   std::mutex mutex_;
-  std::condition_variable work_, done_;
-  Sleeper sleepers_[kMostThreads];             // under the mutex
+  std::condition_variable work_, all_;
+  Sleeper sleepers_[kMostThreads];  // under the mutex
   pthread_t threads_[kMostThreads] = {};
   Ahead ahead_;
-  Ahead::Place asked_;                         // by the caller
+  Ahead::Place asked_;              // by the caller
 };
 
 alignas(Threads) unsigned char memory[sizeof(Threads)];
 Threads &threads = *new (memory) Threads();
 
 int Threads::shared(Loop loop, void *data, Ticks began) {
-  loop_ = loop;
-  data_ = data;
   failed_.store(0, std::memory_order_relaxed);
-  helped_.store(false, std::memory_order_relaxed);
-  for (int i = 0; i < count_; i++) {
-    shares_[i].begin(kTasks * i / count_, kTasks * (i + 1) / count_);
-  }
   number_ = number_ + 1 ? number_ + 1 : 1;
-  open_.store(number_);
-  const bool wakes = asleep_.load() && --skip_ < 0;
+  for (int i = 1; i < count_; i++) {
+    shares_[i].begin(number_, loop, data, {kTasks * i / count_, kTasks * (i + 1) / count_});
+  }
+  const Tasks own = {0, kTasks / count_}, first = own.quarter();
+  shares_[0].begin(number_, loop, data, {first.end, own.end});
+  const bool wakes = asleep_.load() && --skip_ < 0;  // who goes to sleep at this moment may sleep through the loop
   if (wakes) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (int i = 1; i < count_; i++) sleepers_[i].keep_off(processor());
     work_.notify_all();
   }
-  work(0);
-  open_.store(0);
+  const int done = work(0, loop, data, number_, run(loop, data, first));
   const Ticks through = ticks();
-  wait();
+  wait(kTasks - done);
   const Ticks now = ticks(), waited = now - through;
   int steps = 0;
   ahead_.ask(asked_, 0, count_, [&] { return steps++ == kSteps; });
-  if (helped_.load(std::memory_order_relaxed)) {
+  if (done < kTasks) {
     skip_ = in_vain_ = 0;
   } else if (wakes) {
     skip_ = in_vain_ = in_vain_ < kMostInVain ? 2 * in_vain_ + 1 : kMostInVain;
@@ -262,30 +292,41 @@ int Threads::shared(Loop loop, void *data, Ticks began) {
   return failed_.load(std::memory_order_relaxed);
 }
 
-bool Threads::work(int self) {
+int Threads::run(Loop loop, void *data, Tasks tasks) {  // gives their number
   Group group = {nullptr, kTasks};
-  bool any = false;
-  for (int i = 0; i < count_; i++) {
-    Share &share = shares_[(self + i) % count_];
-    for (Tasks tasks; (tasks = i ? share.back() : share.front()).first < tasks.end;) {
-      any = true;
-      for (int task = tasks.first; task < tasks.end; task++) {
-        if (const int failed = loop_(task, &group, data_)) failed_.store(failed, std::memory_order_relaxed);
-      }
-    }
+  for (int task = tasks.first; task < tasks.end; task++) {
+    if (const int failed = loop(task, &group, data)) failed_.store(failed, std::memory_order_relaxed);
   }
-  return any;
+  return tasks.count();
 }
 
-void Threads::wait() {  // for those who are at a task
-  ahead_.ask(asked_, 0, count_, [this] { return !inside_.load(); });
+// Do what is left of a thread's own tasks, and of those of others; gives how many it has done, with those before.
+int Threads::work(int self, Loop loop, void *data, unsigned number, int done) {
+  for (int i = 0; i < count_; i++) {
+    Share &share = shares_[(self + i) % count_];
+    for (Tasks tasks; (tasks = i ? share.back(number) : share.front(number)).count();) {
+      done += run(loop, data, tasks);
+      if (self) done_[self].store(number, done);
+    }
+  }
+  return done;
+}
+
+bool Threads::through(int missing) const {
+  for (int i = 1; missing && i < count_; i++) missing -= done_[i].of(number_);
+  return !missing;
+}
+
+void Threads::wait(int missing) {  // for those who are at a task
+  ahead_.ask(asked_, 0, count_, [=] { return through(missing); });
   for (int i = 0; i < kWaits; i++) {
-    if (!inside_.load()) return;
+    if (through(missing)) return;
     spin_pause();
   }
   std::unique_lock<std::mutex> lock(mutex_);
   waiting_.store(true);
-  done_.wait(lock, [this] { return !inside_.load(); });
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  all_.wait(lock, [=] { return through(missing); });
   waiting_.store(false);
 }
 
@@ -293,21 +334,19 @@ void Threads::serve(int self) {
   unsigned last = 0;
   int patience = kSpins;
   Ahead::Place place;
-  const auto opened = [&] {
-    const unsigned now = open_.load();
-    return now && now != last;
-  };
+  const Share &share = shares_[self];
+  const auto begun = [&] { return share.number() != last; };
   while (!stopping_.load(std::memory_order_relaxed)) {
     int spins = 0;
-    if (last) ahead_.ask(place, self, count_, opened);
-    while (spins < patience && !opened()) {
+    if (last) ahead_.ask(place, self, count_, begun);
+    while (spins < patience && !begun()) {
       spin_pause();
       spins++;
     }
     if (spins == patience) {
       std::unique_lock<std::mutex> lock(mutex_);
       asleep_.fetch_add(1);
-      while (!stopping_.load() && !opened()) {
+      while (!stopping_.load() && !begun()) {
         sleepers_[self].sleeps();
         work_.wait(lock);
         sleepers_[self].woke();
@@ -316,15 +355,15 @@ void Threads::serve(int self) {
       lock.unlock();
       patience = kSpins * kAwake;
     }
-    inside_.fetch_add(1);
-    if (opened()) {  // once inside, the loop is not closed behind this thread's back
-      last = open_.load();
-      patience = kSpins;
-      if (work(self)) helped_.store(true, std::memory_order_relaxed);
-    }
-    if (inside_.fetch_sub(1) == 1 && waiting_.load()) {
+    if (!begun()) continue;
+    last = share.number();
+    void *const data = share.data();
+    __builtin_prefetch(data);
+    if (work(self, share.loop(), data, last, 0)) patience = kSpins;
+    std::atomic_thread_fence(std::memory_order_seq_cst);  // before it looks whether somebody waits, all is said to be done
+    if (waiting_.load()) {
       std::lock_guard<std::mutex> lock(mutex_);
-      done_.notify_one();
+      all_.notify_one();
     }
   }
 }
