@@ -10,7 +10,7 @@ VENV ?= .venv
 PROMPT ?= My favorite music is
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 CODE := relax_llm models tests benchmarks
 
 .DEFAULT_GOAL := help
