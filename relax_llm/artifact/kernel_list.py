@@ -86,13 +86,15 @@ def shapes_text(launch: Launch) -> str:
 
 
 def problem_text(problem: Mapping[str, Any]) -> str:
-    """The fields of a problem that say something: `n=576 k=1536 weight_format=f32 residual`."""
+    """The fields of a problem that say something: `n=576 k=1536 weight_format=q8 norm(hidden=1536 eps=1e-05)`."""
     parts = []
     for name, value in problem.items():
         if value is True:
             parts.append(name)
         elif isinstance(value, list | tuple) and len(value) > 4:
             parts.append(f"{name}=({len(value)} numbers)")
+        elif isinstance(value, Mapping):  # another problem's
+            parts.append(f"{name}({problem_text({key: value[key] for key in value if key != 'operator'})})")
         elif value is not None and value is not False:
             parts.append(f"{name}={value}")
     return " ".join(parts)

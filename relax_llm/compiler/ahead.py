@@ -30,8 +30,10 @@ def announcing(mod: IRModule, machine: Machine) -> IRModule:
     for var, func in mod.functions_items():
         if not isinstance(func, PrimFunc) or INTERNAL in (func.attrs or {}):
             continue
-        paced = T.int64(_paced(problem_of(func), machine))
-        calls = [tirx.Evaluate(tirx.call_extern("void", ANNOUNCE, *span, paced)) for span in _spans(func)]
+        problem = problem_of(func)
+        paced = T.int64(_paced(problem, machine))
+        spans = _spans(func, problem)
+        calls = [tirx.Evaluate(tirx.call_extern("void", ANNOUNCE, *span, paced)) for span in spans]
         if calls:
             changed[var] = func.with_body(tirx.SeqStmt([*calls, func.body]))
     return changed
@@ -48,8 +50,7 @@ def _paced(problem: object, machine: Machine) -> bool:
     return not isinstance(format, Blocks) or format.code_bits == 8
 
 
-def _spans(func: PrimFunc) -> Sequence[_Span]:
-    problem = problem_of(func)
+def _spans(func: PrimFunc, problem: object) -> Sequence[_Span]:
     if isinstance(problem, Matmul):
         weight = func.params[1]
         return [(weight.data, T.int64(_bytes(weight.ty.shape, weight.dtype)), T.int64(1), T.int64(0))]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import relax_llm as rl
+from relax_llm.artifact.kernel_list import problem_text
 from relax_llm.errors import KernelError
 from tests.artifact.checkpoints import GPT2, LLAMA, write
 from tests.machines import PLAINER
@@ -80,6 +81,8 @@ def test_for_this_processor(checkpoint: Path) -> None:
     fused, apart = (rl.compile(checkpoint, weights="q8", **more) for more in ({}, {"pipeline": _without()}))
     assert _fused(fused) == list(IN_LAYERS)
     _same_logits(fused, apart)
+    problems = [problem_text(kernel.problem) for kernel in fused.manifest.kernels.values()]
+    assert any(text.endswith("activations=int8 norm(hidden=24 eps=1e-05)") for text in problems)
 
 
 @pytest.mark.parametrize("weights", ["f32", "f16"])
