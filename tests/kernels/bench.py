@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from relax_llm.kernels.threads import load
 from .guarded import Guarded, InOut, Out
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     import numpy.typing as npt
 
@@ -48,6 +49,12 @@ every_machine = _parametrized(HOST, "x86-64-v3", "x86-64-v2", "x86-64")
 
 machines = _parametrized(HOST, "x86-64-v3", "x86-64")
 """Those with tiles of their own: x86-64-v2 has the registers of x86-64, so its kernels are the same."""
+
+
+def in_turns(cases: Iterable[Sequence[Any]]) -> list[Any]:
+    """For each case, of which it becomes the first value: this processor, and of the other `machines` one in turns."""
+    others = itertools.cycle(("x86-64-v3", "x86-64"))
+    return [pytest.param(on, *case, marks=needs(on)) for case in cases for on in (HOST, next(others))]
 
 
 @lru_cache

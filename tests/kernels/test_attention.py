@@ -22,7 +22,7 @@ from relax_llm.kernels.machine import machine
 from relax_llm.kernels.threads import load
 
 from ..tolerances import EXP, assert_within, reduction
-from .bench import HOST, every_machine, launch, launch_function, machine_of, machines, random
+from .bench import HOST, every_machine, in_turns, launch, launch_function, machine_of, machines, random
 from .guarded import SENTINEL, Out
 
 if TYPE_CHECKING:
@@ -148,12 +148,12 @@ def test_head_dims(on: str, head_dim: int) -> None:
         _check(_problem((6, 2), head_dim), on, 2, seq, kv_len)
 
 
-@machines
-@pytest.mark.parametrize("cache", ["bf16", "q8"])
+SMALLER = [((9, 3), 64, None), ((3, 1), 7, None), ((1, 1), 1, None), ((6, 2), 40, 65), ((8, 2), 33, 5)]
+
+
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "window"),
-    [((9, 3), 64, None), ((3, 1), 7, None), ((1, 1), 1, None), ((6, 2), 40, 65), ((8, 2), 33, 5)],
-    ids=str,
+    ("on", "heads", "head_dim", "window", "cache"),
+    in_turns((*shape, cache) for cache in ("bf16", "q8") for shape in SMALLER),
 )
 def test_smaller_caches(
     on: str, heads: tuple[int, int], head_dim: int, window: int | None, cache: str

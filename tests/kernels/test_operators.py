@@ -18,7 +18,7 @@ from relax_llm.kernels.problem import Problem, problem_of
 from relax_llm.plan.kernel import AXES, kernel
 
 from ..machines import PLAINER
-from .bench import generate, launch_function, machine_of, machines
+from .bench import generate, in_turns, launch_function, machine_of
 from .guarded import InOut, Out
 
 if TYPE_CHECKING:
@@ -94,8 +94,7 @@ def _arguments(operands: Sequence[Operand], values: Mapping[str, Any], every: Ma
     return given
 
 
-@machines
-@samples
+@pytest.mark.parametrize(("on", "record", "problem"), in_turns(SAMPLES))
 def test_the_kernel_that_ships_is_right(on: str, record: Operator, problem: Problem) -> None:
     """As the model launches it, with [batch, seq] rows, on guarded memory; its weight packed as it wants."""
     here = machine_of(on)
