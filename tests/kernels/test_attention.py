@@ -141,8 +141,7 @@ def test_lengths(on: str, heads: int, kv_heads: int, batch: int) -> None:
         _check(_problem((heads, kv_heads), 10), on, batch, seq, kv_len, spare=kv_len % 2)
 
 
-@machines
-@pytest.mark.parametrize("head_dim", [2, 16, 20, 64, 80, 128])
+@pytest.mark.parametrize(("on", "head_dim"), in_turns((dim,) for dim in (2, 16, 20, 64, 80, 128)))
 def test_head_dims(on: str, head_dim: int) -> None:
     for seq, kv_len in ((1, 1), (1, 65), (17, 17), (20, 90)):
         _check(_problem((6, 2), head_dim), on, 2, seq, kv_len)
@@ -164,8 +163,7 @@ def test_smaller_caches(
         _check(problem, on, 2 if seq == 1 else 1, seq, kv_len, spare=kv_len % 2)
 
 
-@machines
-@pytest.mark.parametrize("window", [1, 5, 64, 65, 130])
+@pytest.mark.parametrize(("on", "window"), in_turns((window,) for window in (1, 5, 64, 65, 130)))
 def test_windows(on: str, window: int) -> None:
     for seq, kv_len in (
         (1, 1),
@@ -305,9 +303,12 @@ def test_a_window_forgets(on: str) -> None:
     np.testing.assert_allclose(_run(problem, on, q, keys, values), expected, rtol=1e-6, atol=1e-6)
 
 
-@machines
-@caches
-@pytest.mark.parametrize(("heads", "window"), [((9, 3), None), ((9, 3), 70), ((1, 1), None)])
+@pytest.mark.parametrize(
+    ("on", "heads", "window", "cache"),
+    in_turns(
+        (*shape, cache) for cache in CACHE_DTYPES for shape in (((9, 3), None), ((9, 3), 70), ((1, 1), None))
+    ),
+)
 def test_results_do_not_depend_on_how_tokens_are_divided(
     on: str, heads: tuple[int, int], window: int | None, cache: str
 ) -> None:
