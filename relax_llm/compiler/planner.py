@@ -1,12 +1,11 @@
 """Choosing kernels: for each problem of a model, which kernels serve which sizes, and why."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from relax_llm.compiler.storage import Storage
 from relax_llm.compiler.wanted import WHOLE, Wanted
 from relax_llm.errors import KernelError, PlanError
-from relax_llm.formats import FORMATS, Blocks
 from relax_llm.kernels.checking import check
 from relax_llm.kernels.forms import Realized, realize
 from relax_llm.kernels.gpu_forms import try_for_gpu
@@ -21,9 +20,6 @@ from relax_llm.plan.kernel import Declined, Kernel, Selection
 from relax_llm.plan.plan import Candidate, Entry, Measurement, Plan, Range
 from relax_llm.plan.python_kernel import PythonKernel
 from relax_llm.plan.sizes import Box, cells, corner
-
-_ROUNDED = {"bf16": "bf16"}
-"""What activations of products with floats may be rounded to."""
 
 
 @dataclass(frozen=True)
@@ -133,24 +129,6 @@ class Planner:
             sites.append(site)
         return self._choices[key]
 
-    def stored(self, problem: Matmul, weights: Sequence[str]) -> Matmul:
-        """A product over its matrix as it is kept, with activations as coarse as that allows.
-
-        Those of a head, whose outputs are the vocabulary, have two bytes: of a prompt it reads the last token alone,
-        and what it misses is missed by a logit.
-
-        Args:
-            problem: The product.
-            weights: Names of what its matrix is made of.
-        """
-        name = self.storage.format(weights, problem.n)
-        format, rounded = FORMATS[name], _ROUNDED.get(name)
-        if isinstance(format, Blocks):
-            rounded = "int7" if format.code_bits == 4 else "int8"
-            if problem.n == self.storage.vocab_size:
-                rounded = "int16"
-        return replace(problem, weight_format=name, activations=rounded)
-
     def takes_norm(self, problem: Matmul, site: str, norm: str) -> bool:
         """Whether a product is to take in the norm before it, whose site is `norm`.
 
@@ -160,7 +138,7 @@ class Planner:
         """
         if self.machine.is_gpu or problem.activations is None or problem.n == self.storage.vocab_size:
             return False
-        if self._planned(replace(problem, norm=None), site) is not None:
+        if self._planned(problem, site) is not None:
             return False
         return not any(kernel.operator == "norm" and kernel.serves(norm) for kernel in self._given)
 

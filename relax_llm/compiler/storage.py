@@ -2,14 +2,18 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from relax_llm.checkpoint import Tensor
 from relax_llm.compiler.recipes import joined_name
 from relax_llm.compiler.wanted import BLOCKS, HEAD, Wanted
 from relax_llm.errors import CompileError
 from relax_llm.formats import FORMATS, Blocks, Format
+from relax_llm.kernels.matmul import Matmul
 from relax_llm.layers.decoder import site_of_weight
+
+_ROUNDED = {"bf16": "bf16"}
+"""What activations of products with floats may be rounded to."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,24 @@ class Storage:
         site = site_of_weight(joined_name(list(parameters))) if parameters else ""
         self._sites[site] = None
         return self._format(parameters, site, rows)
+
+    def product(self, problem: Matmul, weights: Sequence[str]) -> Matmul:
+        """A product over its matrix as it is kept, with activations as coarse as that allows.
+
+        Those of a head, whose outputs are the vocabulary, have two bytes: of a prompt it reads the last token alone,
+        and what it misses is missed by a logit.
+
+        Args:
+            problem: The product.
+            weights: Names of what its matrix is made of.
+        """
+        name = self.format(weights, problem.n)
+        format, rounded = FORMATS[name], _ROUNDED.get(name)
+        if isinstance(format, Blocks):
+            rounded = "int7" if format.code_bits == 4 else "int8"
+            if problem.n == self.vocab_size:
+                rounded = "int16"
+        return replace(problem, weight_format=name, activations=rounded)
 
     def in_groups(self, parameter: str) -> bool:
         """Whether a matrix other than the head is kept in groups of few bits, which share a scale."""

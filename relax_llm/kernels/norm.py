@@ -1,5 +1,6 @@
 """Normalization over the hidden axis, one row of activations per task."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -43,6 +44,11 @@ class Norm(Problem):
             raise KernelError(f"eps of a norm must not be negative, but is {self.eps}.")
 
     @property
+    def vectors(self) -> tuple[str, ...]:
+        """What its vectors of `hidden` elements are called, in order."""
+        return ("weight", "bias") if self.bias else ("weight",)
+
+    @property
     def flops(self) -> str:
         return f"{self.hidden * (4 + 2 * self.centered + self.bias)}*batch*seq"
 
@@ -51,16 +57,19 @@ class Norm(Problem):
         return f"{8 * self.hidden}*batch*seq + {4 * self.hidden * (1 + self.bias)}"
 
 
-def norm(problem: Norm, machine: Machine) -> PrimFunc:
-    """x [batch, seq, hidden], weight [hidden], (bias [hidden]) -> out [batch, seq, hidden]."""
+def norm(problem: Norm, machine: Machine, *, flat: bool = False) -> PrimFunc:
+    """x [batch, seq, hidden], weight [hidden], (bias [hidden]) -> out [batch, seq, hidden].
+
+    Where `flat`, x and out are [M, hidden].
+    """
     hidden = problem.hidden
 
     def emit() -> None:
-        batch, seq = b.size("batch"), b.size("seq")
-        x = b.argument("x", (batch, seq, hidden))
-        vectors = [b.argument(name, (hidden,)) for name in ("weight", "bias")[: 1 + problem.bias]]
-        out = b.argument("out", (batch, seq, hidden))
-        rows = batch * seq
+        outer = (b.size("M"),) if flat else (b.size("batch"), b.size("seq"))
+        x = b.argument("x", (*outer, hidden))
+        vectors = [b.argument(name, (hidden,)) for name in problem.vectors]
+        out = b.argument("out", (*outer, hidden))
+        rows = math.prod(outer[1:], start=outer[0])
         normalize_rows(
             problem, machine, rows, b.view(x, (rows, hidden)), vectors, b.view(out, (rows, hidden))
         )
@@ -81,25 +90,33 @@ def normalize_rows(
         vectors: The weight, and the bias where the norm has one.
         out: [rows, hidden].
     """
-    function, given = row_norm(problem, machine), addresses(vectors)
 
     def task(row: Expr) -> None:
-        b.call(function, T.address_of(x[row, 0]), *given, T.address_of(out[row, 0]), rows)
+        normalize_row(problem, machine, rows, (x, row), vectors, (out, row))
 
     b.tasks(rows, task, serial_if=rows <= _SERIAL_ROWS, name="row")
 
 
-def addresses(vectors: Sequence[Expr]) -> list[Expr]:
-    """Of the first elements."""
-    return [T.address_of(vector[0]) for vector in vectors]
+def normalize_row(
+    problem: Norm,
+    machine: Machine,
+    rows: Expr,
+    x: tuple[Expr, Expr],
+    vectors: Sequence[Expr],
+    out: tuple[Expr, Expr],
+) -> None:
+    """Emit the norm of a row of x, a matrix and which row of it, to that of `out`; else as in `normalize_rows`."""
+    places = [T.address_of(matrix[row, 0]) for matrix, row in (x, out)]
+    given = [T.address_of(vector[0]) for vector in vectors]
+    b.call(_row_norm(problem, machine), places[0], *given, places[1], rows)
 
 
-def row_norm(problem: Norm, machine: Machine) -> ir.GlobalVar:
+def _row_norm(problem: Norm, machine: Machine) -> ir.GlobalVar:
     """The function that normalizes a row.
 
     ::
 
-        row_norm(x, weight, (bias), out, rows)
+        _row_norm(x, weight, (bias), out, rows)
 
     How many rows there are it does not use: LLVM does not know it, and keeps the function apart; see `inner.returning`.
     """

@@ -28,7 +28,7 @@ _LINE_OF_SUMS = 8 * _LANES
 _COUNT = 10**5  # multiply-adds of a first try
 _LOOPS = 1000  # some milliseconds
 _TASKS = 32  # of each thread in a loop: as many as it takes in small parts
-_STEPS = 64  # multiply-adds of a task in a chain, so that a thread's share takes some three microseconds
+_STEPS = 64  # multiply-adds of a task in a chain, so that a thread's share takes about a microsecond
 _SECONDS = 0.02  # of one repetition: long enough for the threads to find cores of their own
 _REPEATS = 5
 

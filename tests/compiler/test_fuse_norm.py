@@ -11,6 +11,7 @@ import relax_llm as rl
 from relax_llm.artifact.kernel_list import problem_text
 from relax_llm.errors import KernelError
 from tests.artifact.checkpoints import GPT2, LLAMA, write
+from tests.door.kernels import over_bf16
 from tests.machines import PLAINER
 
 if TYPE_CHECKING:
@@ -106,23 +107,7 @@ def test_a_product_with_a_kernel_of_yours_is_given_what_the_norm_made(checkpoint
     """Another kernel's norm is its own, and the bits are those of a norm that is a launch."""
 
     def rows(problem: Any) -> str:
-        return """
-        #include <stdint.h>
-        #include <string.h>
-        void rows(const float *x, const uint16_t *weight, float *out, int64_t M) {
-          for (int64_t i = 0; i < M; i++)
-            for (int64_t j = 0; j < N; j++) {
-              float sum = 0;
-              for (int64_t k = 0; k < K; k++) {
-                uint32_t bits = (uint32_t)weight[j * K + k] << 16;
-                float value;
-                memcpy(&value, &bits, 4);
-                sum += x[i * K + k] * value;
-              }
-              out[i * N + j] = sum;
-            }
-        }
-        """
+        return over_bf16("rows")
 
     def with_mine(**options: Any) -> rl.Artifact:
         mine = rl.kernel("matmul", weights=("bf16",), sites="*.q_proj")(rows)

@@ -70,3 +70,24 @@ def in_c(**options: Any) -> Any:
         return C_SOURCE
 
     return rl.kernel("matmul", **options)(in_c)
+
+
+def over_bf16(name: str) -> str:
+    """C source of a product over a plain weight in bf16, a function of this name."""
+    return f"""
+        #include <stdint.h>
+        #include <string.h>
+        void {name}(const float *x, const uint16_t *weight, float *out, int64_t M) {{
+          for (int64_t i = 0; i < M; i++)
+            for (int64_t j = 0; j < N; j++) {{
+              float sum = 0;
+              for (int64_t k = 0; k < K; k++) {{
+                uint32_t bits = (uint32_t)weight[j * K + k] << 16;
+                float value;
+                memcpy(&value, &bits, 4);
+                sum += x[i * K + k] * value;
+              }}
+              out[i * N + j] = sum;
+            }}
+        }}
+        """

@@ -15,6 +15,7 @@ from relax_llm.compiler.wanted import as_stored
 from relax_llm.formats import FORMATS
 from relax_llm.kernels.layout import Packed, parse
 
+from ..door.kernels import over_bf16
 from ..machines import PLAINER
 from .configurations import BY_NAME
 from .reference import token_ids, write_checkpoint
@@ -137,23 +138,7 @@ def test_kernels_say_which_formats_they_read(tmp_path: Path) -> None:
     """A kernel for f32 is left out with its reason; one for bf16 reads the bits, plain."""
 
     def in_c(problem: object) -> str:
-        return """
-        #include <stdint.h>
-        #include <string.h>
-        void in_c(const float *x, const uint16_t *weight, float *out, int64_t M) {
-          for (int64_t i = 0; i < M; i++)
-            for (int64_t j = 0; j < N; j++) {
-              float sum = 0;
-              for (int64_t k = 0; k < K; k++) {
-                uint32_t bits = (uint32_t)weight[j * K + k] << 16;
-                float wide;
-                memcpy(&wide, &bits, 4);
-                sum += x[i * K + k] * wide;
-              }
-              out[i * N + j] = sum;
-            }
-        }
-        """
+        return over_bf16("in_c")
 
     checkpoint = write_checkpoint(BY_NAME[UNTIED], tmp_path / "checkpoint")
     site = "layers.0.mlp.down_proj"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -55,6 +55,24 @@ def test_measured(llama: rl.Runner, file: Path, monkeypatch: pytest.MonkeyPatch)
     assert 0 <= found.loop < 1e-2, "0 for one thread alone"
     assert found.bf16 == found.int8 == 0 or not PLAINER, "the library has no instructions for these"
     assert [Limits(**one) for one in json.loads(file.read_text()).values()] == [found]
+
+
+def test_a_loop_costs_what_it_takes_beside_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared 3 us, alone 4 us: of two threads each has 2 us to do. Never less than nothing."""
+
+    class Machine:
+        def kernel(self, name: str) -> Callable[..., None]:
+            assert name == limits.LOOPS
+            return lambda *_: None
+
+    def costs(shared: float, alone: float, threads: int) -> float:
+        seconds = iter([shared * limits._LOOPS, alone * limits._LOOPS])
+        monkeypatch.setattr(limits, "_fastest", lambda work: next(seconds))
+        return limits._loop(cast("Any", Machine()), threads)
+
+    assert costs(3e-6, 4e-6, 2) == pytest.approx(1e-6)
+    assert costs(3e-6, 4e-6, 4) == pytest.approx(2e-6)
+    assert costs(3e-6, 9e-6, 2) == 0
 
 
 def test_remembered(llama: rl.Runner, file: Path, measuring: Callable[[Limits | None], None]) -> None:

@@ -44,7 +44,7 @@ class FuseNorm:
             for var, problem, call in list(launches(line, problems)):
                 if not isinstance(problem, Matmul):
                     continue
-                stored = self.planner.stored(problem, sources(line, call.args[1][1]))
+                stored = self.planner.storage.product(problem, sources(line, call.args[1][1]))
                 made = self._norm(line, problems, stored, call)
                 if made is None:
                     continue
@@ -75,8 +75,6 @@ class FuseNorm:
             return None
         site = site_of_operands(line, [weight], stored)
         given = list(source.args[1])
-        if not self.planner.takes_norm(
-            replace(stored, norm=norm), site, site_of_operands(line, given[1:], norm)
-        ):
+        if not self.planner.takes_norm(stored, site, site_of_operands(line, given[1:], norm)):
             return None
         return norm, given

@@ -68,7 +68,7 @@ class SelectKernels:
             for var, problem, call in launches(line, problems):
                 if isinstance(problem, Matmul):
                     weight = call.args[1][1]
-                    problem = self.planner.stored(problem, sources(line, weight))
+                    problem = self.planner.storage.product(problem, sources(line, weight))
                     choice = self.planner.choose(problem, site_of_operands(line, [weight], problem))
                     # A GPU's kernels mostly read the weight as it is, as an embedding may beside them.
                     as_is = self.planner.machine.is_gpu and isinstance(choice.layout, Plain)

@@ -14,7 +14,7 @@ from relax_llm.kernels.matmul.multiply import STREAMS, multiply
 from relax_llm.kernels.matmul.problem import Matmul, norm_arguments
 from relax_llm.kernels.matmul.reading import panel_words
 from relax_llm.kernels.matmul.shape import TOGETHER, UNROLL, Blocking, Tile, layout_for, tile_for
-from relax_llm.kernels.norm import addresses, normalize_rows, row_norm
+from relax_llm.kernels.norm import normalize_row, normalize_rows
 from relax_llm.kernels.vectormath import ACTIVATIONS
 
 
@@ -88,10 +88,8 @@ class Operands:
         if norm is None:
             return self.x, first
         rows = b.scratch((most, k))
-        function, given = row_norm(norm, self.machine), addresses(self.norm)
         with T.serial(count) as row:
-            places = (T.address_of(self.x[first + row, 0]), *given, T.address_of(rows[row, 0]))
-            b.call(function, *places, self.m)
+            normalize_row(norm, self.machine, self.m, (self.x, first + row), self.norm, (rows, row))
         return rows, T.int64(0)
 
     @property

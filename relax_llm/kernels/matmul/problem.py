@@ -96,9 +96,7 @@ def arguments(problem: Matmul) -> list[str]:
 
 def norm_arguments(problem: Matmul) -> list[str]:
     """Names of the vectors that the norm takes, in order."""
-    if problem.norm is None:
-        return []
-    return ["norm_weight", "norm_bias"] if problem.norm.bias else ["norm_weight"]
+    return [] if problem.norm is None else [f"norm_{name}" for name in problem.norm.vectors]
 
 
 def definition(problem: Matmul, *, flat: bool = False) -> PrimFunc:

@@ -8,8 +8,9 @@ from tvm.tirx import PrimFunc
 from relax_llm.kernels import builder as b
 from relax_llm.kernels.builder import Expr
 from relax_llm.kernels.machine import Machine
-from relax_llm.kernels.matmul.problem import Matmul, norm_arguments
-from relax_llm.kernels.norm import Norm, normalize_rows
+from relax_llm.kernels.matmul.problem import Matmul
+from relax_llm.kernels.norm import norm
+from relax_llm.kernels.operators.norm import operands as norm_operands
 from relax_llm.kernels.operators.operator import Operand
 from relax_llm.kernels.vectormath import ACTIVATIONS
 from relax_llm.plan.kernel import Kernel
@@ -63,29 +64,12 @@ def around(problem: Matmul, part: Matmul, machine: Machine) -> tuple[Rest | None
     before = behind = None
     if problem.norm != part.norm:
         assert problem.norm is not None
-        name, vectors = f"prologue_{problem.norm.name}", norm_arguments(problem)
-        operands = (
-            Operand("x", ("M", problem.k)),
-            *(Operand(vector, (problem.k,), role="weight") for vector in vectors),
-            Operand("normalized", ("M", problem.k), role="output"),
-        )
-        before = Rest(name, prologue(problem.norm, machine, name), operands)
+        name = f"prologue_{problem.norm.name}"
+        before = Rest(name, norm(problem.norm, machine, flat=True), norm_operands(problem.norm, None))
     if replace(problem, norm=part.norm) != part:
         name = f"epilogue_{problem.name}__{part.name}"
         behind = Rest(name, epilogue(problem, part, name), epilogue_operands(problem, part))
     return before, behind
-
-
-def prologue(problem: Norm, machine: Machine, name: str) -> PrimFunc:
-    """The norm that a kernel leaves: x [M, K], norm_weight [K], (norm_bias [K]), normalized [M, K]."""
-
-    def emit() -> None:
-        rows, k = b.size("M"), problem.hidden
-        x = b.argument("x", (rows, k))
-        vectors = [b.argument(n, (k,)) for n in ("norm_weight", "norm_bias")[: 1 + problem.bias]]
-        normalize_rows(problem, machine, rows, x, vectors, b.argument("normalized", (rows, k)))
-
-    return b.prim_func(name, emit)
 
 
 def left_over(problem: Matmul, part: Matmul) -> list[str]:

@@ -1,7 +1,6 @@
 """The record of norms over the hidden axis."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 from tvm import te, tirx
@@ -25,11 +24,9 @@ from relax_llm.kernels.problem import tag
 
 def operands(problem: Norm, layout: Layout | None) -> tuple[Operand, ...]:
     """(x [M, hidden], weight [hidden], (bias [hidden]), out [M, hidden])."""
-    bias = [Operand("bias", (problem.hidden,), role="weight")] if problem.bias else []
     return (
         Operand("x", ("M", problem.hidden)),
-        Operand("weight", (problem.hidden,), role="weight"),
-        *bias,
+        *(Operand(name, (problem.hidden,), role="weight") for name in problem.vectors),
         Operand("out", ("M", problem.hidden), role="output"),
     )
 
@@ -37,9 +34,7 @@ def operands(problem: Norm, layout: Layout | None) -> tuple[Operand, ...]:
 def definition(problem: Norm) -> PrimFunc:
     """Plain loops: blocks "mean" (where centered), "square" and "normalized"."""
     x = te.placeholder((tirx.Var("M", "int64"), problem.hidden), name="x")
-    vectors = [
-        te.placeholder((problem.hidden,), name=name) for name in ("weight", "bias")[: 1 + problem.bias]
-    ]
+    vectors = [te.placeholder((problem.hidden,), name=name) for name in problem.vectors]
     out = normalized(problem, x, *vectors)
     func = te.create_prim_func([x, *vectors, out]).with_attr("global_symbol", f"loops_{problem.name}")
     return tag(func, problem)
@@ -65,9 +60,9 @@ def expected(problem: Norm, sizes: Sizes, values: Mapping[str, Array], exact: bo
     mean is missed by, against the standard deviation; their root halves that, and some roundings follow.
     """
     x = values["x"].astype(np.float64).reshape(rows_of(sizes), problem.hidden)
-    vectors = [values[name].astype(np.float64) for name in ("weight", "bias")[: 1 + problem.bias]]
+    vectors = [values[name].astype(np.float64) for name in problem.vectors]
     weight = vectors[0]
-    right = norm_reference(replace(problem, bias=False), x, weight)
+    right = norm_reference(problem, x, weight)
     missed = np.zeros((len(x), 1))
     if problem.centered:
         missed = summed(problem.hidden) * UNIT * np.abs(x).mean(axis=1, keepdims=True)
